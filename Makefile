@@ -1,0 +1,61 @@
+# Every chore of the project. `make quickstart` and `make test` need Python >= 3.10 and nothing else.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+NAME   ?= $(word 2,$(MAKECMDGOALS))
+FLAGS  ?=
+SRC    := settings.ini setup.py constraints.txt
+
+.PHONY: quickstart setup dev test test-slow test-npu-schema bench sync readme nb-new nb-open nb-close nb-run clean
+
+quickstart: $(VENV)/.base  ## the whole life of a model on data_samples/, under five minutes
+	$(BIN)/ascend_nb quickstart --out quickstart_run
+
+setup: $(VENV)/.base
+dev: $(VENV)/.dev
+
+$(VENV)/.base: $(SRC)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.base
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"
+	$(BIN)/python .ci/nb.py aliases
+	touch $@
+
+test: dev  ## notebooks, tests, sync check and lint
+	$(BIN)/ruff check -q nbs tests bench .ci setup.py
+	$(BIN)/python .ci/nb.py sync
+	$(BIN)/nbdev-test --n-workers 2 --cell-timeout 600
+	$(BIN)/python -m pytest
+
+test-slow: dev  ## everything, the slow cells and tests too
+	$(BIN)/nbdev-test --n-workers 1 --cell-timeout 1800 --flags "slow data"
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+test-npu-schema:  ## our NPU calls against torch_npu's own schemas, in an environment of its own
+	bash .ci/npu_schema.sh
+
+bench: dev  ## each claim of speed as one JSON line: a ratio and both raw figures
+	for f in bench/bench_*.py; do $(BIN)/python $$f || exit 1; done
+
+sync: dev
+	$(BIN)/python .ci/nb.py sync
+
+readme: dev  ## README.md and README_zh.md from the index notebooks
+	$(BIN)/python .ci/nb.py readme
+
+nb-new nb-open nb-close nb-run: dev
+	$(BIN)/python .ci/nb.py $(patsubst nb-%,%,$@) $(NAME) $(FLAGS)
+
+clean:
+	rm -rf build dist *.egg-info .nbtext .pytest_cache .ruff_cache quickstart_run
+
+ifneq (,$(filter nb-%,$(firstword $(MAKECMDGOALS))))
+# `make nb-open 22_model`: the second word is a notebook's name, not a goal
+$(word 2,$(MAKECMDGOALS)):
+	@:
+endif
