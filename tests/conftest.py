@@ -1,0 +1,28 @@
+"""Shared fixtures: where the real data lies, and what to say when it does not."""
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = Path(os.environ.get("ASCEND_NB_DATA", ROOT.parent / "shared" / "data"))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    "The repository."
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    "The folder of real public data; a test that needs it is skipped where it is absent."
+    if not DATA.is_dir(): pytest.skip(f"no real data at {DATA}; point ASCEND_NB_DATA at it")
+    return DATA
+
+
+@pytest.fixture(scope="session")
+def samples(root) -> Path:
+    "The small samples that ship with the project."
+    return root / "data_samples"
