@@ -5,6 +5,8 @@
     python .ci/nb.py close 22_model                back again: cell ids and outputs kept, cleaned, exported
     python .ci/nb.py run 22_model                  execute in a real kernel and store the outputs
     python .ci/nb.py sync                          fail unless notebooks, modules and README agree with each other
+    python .ci/nb.py readme                        README.md and README_zh.md from the index notebooks
+    python .ci/nb.py aliases                       nbdev_test beside nbdev-test, in this environment
 """
 import os, re, subprocess, sys
 from contextlib import contextmanager
@@ -129,6 +131,7 @@ def sync():
     before = snapshot()
     for path in sorted(NBS.glob("*.ipynb")): clean(path)
     with locked(): tool("nbdev-export")
+    readme()
     bad = [p for p, text in snapshot().items() if before.get(p) != text]
     for py in LIB.rglob("*.py"):
         m = re.search(r"File to edit: \.\./+(?:\.\./)*(nbs/\S+\.ipynb)", py.read_text(encoding="utf-8"))
@@ -138,11 +141,38 @@ def sync():
 
 
 def snapshot():
-    files = [*NBS.glob("*.ipynb"), *LIB.rglob("*.py")]
+    files = [ROOT / "README.md", ROOT / "README_zh.md", *NBS.glob("*.ipynb"), *LIB.rglob("*.py")]
     return {str(p.relative_to(ROOT)): p.read_bytes() for p in files}
 
 
-COMMANDS = {"new": new, "open": open_text, "close": close_text, "run": run, "sync": sync}
+def aliases():
+    "nbdev 3 spells its programs with dashes; fingers and older guides type nbdev_test. Both work here."
+    here = Path(sys.executable).parent
+    for src in here.glob("nbdev-*"):
+        dst = here / src.name.replace("-", "_")
+        dst.write_bytes(src.read_bytes())
+        dst.chmod(0o755)
+
+
+def readme():
+    "README.md from nbs/index.ipynb, README_zh.md from nbs/index_zh.ipynb: prose, code and text outputs."
+    for nb, md in (("index", "README.md"), ("index_zh", "README_zh.md")): (ROOT / md).write_text(markdown(NBS / f"{nb}.ipynb"), encoding="utf-8")
+
+
+def markdown(path):
+    import nbformat
+
+    parts = []
+    for cell in nbformat.read(path, as_version=4).cells:
+        if cell.cell_type == "markdown": parts.append(cell.source)
+        elif cell.cell_type == "code" and not re.match(r"\s*#\|\s*hide", cell.source):
+            parts.append(f"```python\n{cell.source}\n```")
+            text = "".join(o.get("text", "") or "".join(o.get("data", {}).get("text/plain", "")) for o in cell.outputs)
+            if text.strip(): parts.append(f"```text\n{text.rstrip()}\n```")
+    return "<!-- Written by `make readme` from " + f"nbs/{path.name}; edit the notebook. -->\n\n" + "\n\n".join(parts) + "\n"
+
+
+COMMANDS = {"aliases": aliases, "readme": readme, "new": new, "open": open_text, "close": close_text, "run": run, "sync": sync}
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS: sys.exit(__doc__)

@@ -227,6 +227,8 @@ class DoctorConfig:
 @dataclass
 class QuickstartConfig:
     "The whole life of a model on this machine: text, tokens, training, checkpoint, chat, score."
-    out: str = "quickstart_run" # folder for everything it makes
+    out: str = "quickstart_run" # folder for everything it makes; run again, it goes on where it stopped
     device: str = "auto" # auto, npu, npu:1, cuda, cpu
     seed: int = 1234 # fixed, so that two runs agree
+    pretrain_iters: int = knob(300, low=1, advanced=True) # optimizer steps of pretraining; 300 learn the samples by heart
+    sft_iters: int = knob(100, low=1, advanced=True) # optimizer steps of fine-tuning

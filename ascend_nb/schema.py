@@ -140,7 +140,7 @@ messages(
     unknown_flag=("Found the argument {key!r}; `{where}` does not know it.{hint} `{where} --help` lists all.",
                   "未知参数 {key!r}；`{where}` 不认识它。{hint} `{where} --help` 列出全部参数。"),
     must_give=("Found no {name}; expected {help}. Pass {flag}.", "缺少 {name}；应为：{help}。请传入 {flag}。"),
-    bad_yaml=("{path} is not YAML: {why}. Mend the line or write a fresh one with --save-config.", "{path} 不是有效的 YAML：{why}。请修正该行。"),
+    bad_yaml=("{path} is not YAML: {why}. Mend the line or write a fresh one with --print-config.", "{path} 不是有效的 YAML：{why}。请修正该行。"),
     bad_config=("{problem}", "{problem}"),
 )
 
@@ -227,7 +227,7 @@ def _add(p, k: Knob):
     text = (k.help + show + (f" ({', '.join(map(str, k.choices))})" if k.choices else "")).replace("%", "%%")
     kw = dict(dest=k.name, default=argparse.SUPPRESS, help=text)
     if k.positional: p.add_argument(k.name, nargs="?", metavar=k.name.upper(), default=argparse.SUPPRESS, help=text)
-    if kind is bool: p.add_argument(k.flag, nargs="?", const=True, metavar="true|false", **kw); p.add_argument("--no-" + k.flag[2:], action="store_const", const=False, **{**kw, "help": argparse.SUPPRESS})
+    if kind is bool: p.add_argument(k.flag, metavar="true|false", **kw); p.add_argument("--no-" + k.flag[2:], action="store_const", const=False, **{**kw, "help": argparse.SUPPRESS})
     else: p.add_argument(k.flag, nargs="*" if k.is_list else None, metavar=getattr(kind, "__name__", "value").upper() if not k.is_list else "VALUE", **kw)
     for alias in k.flags:
         name, _, value = alias.partition("=")
@@ -239,7 +239,7 @@ def parser(
     prog: str # shown in help and errors, e.g. "ascend_nb preprocess"
 ): # an ArgumentParser whose values are raw text
     "The command line of a dataclass; `-h` groups the knobs by section."
-    p = _Parser(prog=prog, description=inspect.getdoc(cls), allow_abbrev=False, formatter_class=argparse.HelpFormatter)
+    p = _Parser(prog=prog, usage=f"{prog} [--config FILE.yaml] [--json] [--print-config] [flags]", description=inspect.getdoc(cls), allow_abbrev=False, formatter_class=argparse.HelpFormatter)
     p.add_argument("--config", metavar="FILE.yaml", help="read this first; other flags override it")
     groups = {}
     for k in knobs(cls):
@@ -252,6 +252,19 @@ def _dashes(arg: str) -> str:
     name, eq, value = arg.partition("=")
     return name.replace("_", "-") + eq + value if arg.startswith("--") else arg
 
+def _switches(argv: list, names: set) -> list:
+    "`--flag` -> `--flag=true`, `--flag false` -> `--flag=false`: a switch takes the next word only where it is a truth value."
+    out, words = [], iter([*argv, None])
+    word = next(words)
+    while word is not None:
+        after = next(words)
+        if word in names:
+            value = str(after).lower() in (*_TRUE, *_FALSE)
+            word = f"{word}={after if value else 'true'}"
+            if value: after = next(words)
+        out.append(word); word = after
+    return out
+
 def parse_args(
     cls: type, # a dataclass
     argv: list, # arguments after the command's name
@@ -259,7 +272,8 @@ def parse_args(
 ): # an instance
     "A command line to a config. Raises UserError for an unknown flag (with the nearest one), a bad value, a missing knob."
     p = parser(cls, prog)
-    ns, rest = p.parse_known_args([_dashes(a) for a in argv])
+    switches = {k.flag for k in knobs(cls) if plain_type(k.type) is bool}
+    ns, rest = p.parse_known_args(_switches([_dashes(a) for a in argv], switches))
     if rest:
         known = [s for a in p._actions for s in a.option_strings]
         raise UserError("unknown_flag", key=rest[0], where=prog, hint=nearest(rest[0], known))

@@ -1,0 +1,88 @@
+"""The command line's promises, through real processes."""
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+CODE = "import sys; from ascend_nb.cli import main; sys.exit(main())"
+
+
+def ascend(*args, **kw): return subprocess.run([sys.executable, "-c", CODE, *map(str, args)], capture_output=True, text=True, **kw)
+
+
+def best_of(n, *cmd):
+    "The quickest of n runs, in seconds: the others waited for the machine."
+    times = []
+    for _ in range(n):
+        t = time.perf_counter()
+        subprocess.run(cmd, check=True, capture_output=True)
+        times.append(time.perf_counter() - t)
+    return min(times)
+
+
+def test_import_is_light():
+    code = "import sys, ascend_nb, ascend_nb.cli; print(*sorted({'torch','transformers','torch_npu','ipywidgets','numpy'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == ""
+
+
+def test_start_is_quick():
+    bare = best_of(3, sys.executable, "-c", "pass")
+    assert best_of(3, sys.executable, "-c", "import ascend_nb") - bare < .3
+    assert best_of(3, sys.executable, "-c", CODE, "--help") < .5 + bare
+
+
+def test_overview_names_every_command():
+    from ascend_nb.cli import COMMANDS
+    out = ascend("--help")
+    assert out.returncode == 0 and all(c in out.stdout for c in COMMANDS)
+
+
+@pytest.mark.parametrize("name", ["quickstart", "doctor", "fetch", "preprocess", "train", "generate", "chat", "evaluate"])
+def test_every_command_has_help_and_a_run(name):
+    import importlib
+
+    from ascend_nb.cli import COMMANDS
+    assert callable(importlib.import_module(f"ascend_nb.{COMMANDS[name].module}").run)
+    assert "--config FILE.yaml" in ascend(name, "--help").stdout
+
+
+@pytest.mark.parametrize("args,words", [
+    (["evalute"], "Did you mean evaluate"),
+    (["train", "--train-itres", "3"], "Did you mean --train-iters"),
+    (["train", "--lr", "fast"], "expected a float"),
+    (["train", "--config", "no_such.yaml"], "no_such.yaml"),
+    (["generate", "--prompt", "Once"], "Pass --model"),
+    (["generate", "--model", "no_such_folder", "--prompt", "Once"], "no_such_folder"),
+    (["evaluate", "--model", "no_such_folder", "--data-path", "no_such"], "no_such"),
+    (["preprocess", "--input", "no_such.txt", "--output-prefix", "x", "--tokenizer-name-or-path", "no_such_tok"], "no_such"),
+])
+def test_a_mistake_is_one_sentence_and_exit_code_2(args, words, tmp_path):
+    out = ascend(*args, cwd=tmp_path)
+    assert out.returncode == 2 and words in out.stderr and "Traceback" not in out.stderr, out.stderr
+    assert out.stdout == "" and not list(tmp_path.iterdir()), "something was left behind"
+
+
+def test_chinese_errors():
+    out = ascend("evalute", env={**__import__("os").environ, "ASCEND_NB_LANG": "zh"})
+    assert out.returncode == 2 and "未知命令" in out.stderr
+
+
+def test_our_mistake_is_exit_code_1():
+    code = "import sys, ascend_nb.cli as c, ascend_nb.doctor as d\nd.run = lambda *a, **k: 1 / 0\nsys.exit(c.main(['doctor']))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert out.returncode == 1 and "ZeroDivisionError" in out.stderr
+
+
+def test_yaml_and_flags_and_spellings(tmp_path):
+    (tmp_path / "run.yaml").write_text("train: {lr: 1e-4, micro_batch_size: 2}\ndata: {seq-length: 64}\n", encoding="utf-8")
+    out = ascend("train", "--config", tmp_path / "run.yaml", "--micro_batch_size=8", "--bf16", "--print-config")
+    import yaml
+    cfg = yaml.safe_load(out.stdout)
+    assert (cfg["train"]["lr"], cfg["train"]["micro_batch_size"], cfg["train"]["dtype"], cfg["data"]["seq_length"]) == (1e-4, 8, "bf16", 64)
+
+
+def test_doctor_json():
+    out = ascend("doctor", "--json")
+    assert out.returncode == 0 and isinstance(json.loads(out.stdout), dict)
