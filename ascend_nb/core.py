@@ -223,6 +223,7 @@ def human_time(
     m, s = divmod(int(s + .5), 60); h, m = divmod(m, 60)
     return f"{h}:{m:02d}:{s:02d}" if h else f"{m}:{s:02d}"
 
+# %% ../nbs/00_core.ipynb #cd947643
 class Progress:
     "A progress bar: `with Progress(100, 'Training') as p: p.update(note='loss 2.1')`, or iterate over it. Draws on stderr or in the notebook."
     def __init__(self,
@@ -252,6 +253,7 @@ class Progress:
         if time.time() - self.drawn >= self.every_s: self.draw()
 
     def text(self) -> str: # the line
+        "Label, count, time so far and to go, note."
         took = time.time() - self.t0
         eta = f"{human_time(took)}<{human_time(took / self.n * (self.total - self.n))}" if 0 < self.n < self.total else human_time(took)
         return f"{self.label} {self.n}/{self.total} [{eta}] {self.note}".strip()

@@ -287,6 +287,7 @@ def parse_args(
         d[k.name] = got[k.name]
     return from_dict(cls, tree, "the command line", base)
 
+# %% ../nbs/02_schema.ipynb #1b67d9b2
 def to_args(
     cfg # a config
 ) -> list: # arguments that make the same config

@@ -16,7 +16,7 @@ CFG = ConfigParser(delimiters=["="])
 CFG.read(ROOT / "settings.ini", encoding="utf-8")
 META = CFG["DEFAULT"]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-PINS = dict(re.findall(r"^([A-Za-z0-9._-]+)==([^\s;]+)", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.M))
+PINS = dict(re.findall(r"^([A-Za-z0-9._-]+)==([^\s;]+)(?:; python_version >= .3\.11.)?$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.M))
 norm = lambda name: re.sub(r"[-_.]+", "-", name).lower()
 
 
