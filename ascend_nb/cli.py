@@ -59,29 +59,30 @@ def _command(name: str) -> Command:
 def run_command(
     name: str, # a key of COMMANDS
     argv: list # its arguments
-) -> None:
+) -> int: # exit code: the result's own `exit_code`, else 0
     "Parse, run, print. Raises whatever the command raises."
     cmd, argv = _command(name), list(argv)
     as_json, show = _take(argv, "--json"), _take(argv, "--print-config")
     cls, prog = getattr(importlib.import_module("ascend_nb.config"), cmd.config), f"ascend_nb {name}"
-    if _take(argv, "-h") or _take(argv, "--help"): return print(parser(cls, prog).format_help(), end="")
+    if _take(argv, "-h") or _take(argv, "--help"): print(parser(cls, prog).format_help(), end=""); return 0
     cfg = parse_args(cls, argv, prog)
-    if show: return print(dump_yaml(cfg), end="")
+    if show: print(dump_yaml(cfg), end=""); return 0
     out = importlib.import_module(f"ascend_nb.{cmd.module}").run(cfg, json=as_json)
     if as_json: print(json.dumps(out, ensure_ascii=False, default=str))
+    return out.get("exit_code", 0)
 
 # %% ../nbs/69_cli.ipynb #73c1a3a0
 def main(
     argv: list | None = None # arguments; none: those of the process
 ) -> int: # exit code: 0 done, 2 the user's mistake, 1 ours
     "The entry point of `ascend_nb`."
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv, code = list(sys.argv[1:] if argv is None else argv), 0
     try:
         if not argv or argv[0] in ("-h", "--help", "help"): print(overview())
         elif argv[0] in ("-V", "--version"): from ascend_nb import __version__; print(__version__)
-        else: run_command(argv[0], argv[1:])
+        else: code = run_command(argv[0], argv[1:])
         sys.stdout.flush()
-        return 0
+        return code
     except UserError as e: say(f"ascend_nb: {e}"); return 2
     except KeyboardInterrupt: say("ascend_nb: stopped"); return 130
     except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), 1); return 0

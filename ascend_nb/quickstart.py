@@ -136,6 +136,7 @@ def run(
 ) -> dict: # every figure of the table, and the paths
     "`ascend_nb quickstart`: every stage in turn, then the table."
     t0, out = time.time(), Path(cfg.out)
+    pick_device(cfg.device) # a wrong device fails before anything is written
     say("[1/6] tokens"); data = prepare(cfg)
     made = {}
     for i, (stage, rc) in enumerate(run_configs(cfg).items(), 2): say(f"[{i}/6] {LABELS[stage][0]}"); made[stage] = training.run(rc, json=True)
