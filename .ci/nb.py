@@ -8,7 +8,10 @@
     python .ci/nb.py readme                        README.md and README_zh.md from the index notebooks
     python .ci/nb.py aliases                       nbdev_test beside nbdev-test, in this environment
 """
-import os, re, subprocess, sys
+import os
+import re
+import subprocess
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -81,7 +84,7 @@ def clean(path):
 
     nb = nbformat.read(path, as_version=4)
     nb.metadata = {"kernelspec": KERNEL}
-    for i, cell in enumerate(nb.cells):
+    for cell in nb.cells:
         cell.metadata = {}
         if cell.cell_type != "code": continue
         cell.execution_count = None

@@ -98,7 +98,7 @@ class DataConfig:
     seq_length: int = knob(1024, low=1) # tokens in a sample
     pad_to_multiple_of: int = knob(8, low=1, advanced=True) # instruction batches are padded to a multiple of this
     variable_seq_lengths: bool = knob(True, advanced=True) # pad an instruction batch to its longest sample, not to seq_length
-    data_cache_path: str | None = knob(None, advanced=True) # folder for index caches; none: beside the data
+    data_cache_path: str | None = knob(None, advanced=True) # folder for index caches; none: made in memory at each start
 
 # %% ../nbs/03_config.ipynb #c45b8bbe
 @dataclass

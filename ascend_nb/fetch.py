@@ -255,7 +255,7 @@ class Hub(NamedTuple):
 
 HUBS = {
     "hf": Hub("huggingface_hub", "", "https://huggingface.co/{name}/tree/main", "HF_ENDPOINT=https://hf-mirror.com"),
-    "modelscope": Hub("modelscope", "modelscope", "https://modelscope.cn/models/{name}/files", "MODELSCOPE_DOMAIN=www.modelscope.cn"),
+    "modelscope": Hub("modelscope", "modelscope", "https://modelscope.cn/models/{name}/files", "MODELSCOPE_ENDPOINT=https://www.modelscope.cn"),
 }
 WANTED = r"[^/]+\.(json|safetensors|jinja|model|tiktoken|txt|md)|LICENSE[^/]*|NOTICE[^/]*"
 CARRY = "config.json, generation_config.json, *.safetensors, model.safetensors.index.json, tokenizer* and chat_template.jinja"

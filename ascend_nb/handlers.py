@@ -98,6 +98,7 @@ def _csv(path):
         finally: csv.field_size_limit(limit)
         yield rows, f.buffer.tell()
 
+# %% ../nbs/10_handlers.ipynb #209c6be7
 @contextmanager
 def _arrow_errors(path, what):
     "pyarrow's errors as one sentence."
@@ -154,6 +155,7 @@ def _find(path: Path) -> list:
         raise UserError("mixed", path=path, found=found)
     return files
 
+# %% ../nbs/10_handlers.ipynb #29564eb2
 class Rows:
     "The rows of a file or folder. Iterate over it, or over `.pieces()`, which are lists of rows."
     def __init__(self,
@@ -165,8 +167,8 @@ class Rows:
 
     def pieces(self): # lists of dicts, about CHUNK characters each
         before = 0
-        for self.file in self.files:
-            self.first = 1
+        for file in self.files:
+            self.file, self.first = file, 1
             try:
                 for rows, at in READERS[self.file.suffix.lower()](self.file):
                     for i, r in enumerate(rows):
@@ -187,7 +189,7 @@ class Rows:
     ) -> str: # "row 17 of train.jsonl"
         return f"row {self.first + i} of {self.file.name}"
 
-# %% ../nbs/10_handlers.ipynb #29564eb2
+# %% ../nbs/10_handlers.ipynb #3e090df4
 def _not_utf8(path):
     "The sentence that names the line."
     import codecs
@@ -200,6 +202,7 @@ def _not_utf8(path):
             line += data.count(b"\n")
     return UserError("not_utf8", path=path, line=line, byte=f"0x{data[-1]:02x}" if data else "of a character that is cut off")
 
+# %% ../nbs/10_handlers.ipynb #b23041d2
 def read_rows(
     path # a data file, or a folder of files of one format: .parquet .csv .json .jsonl .txt .arrow
 ) -> Rows: # iterate over it: dicts of columns; its `.where(i)` names a row
@@ -240,6 +243,7 @@ def handler(
     def register(make): HANDLERS[name] = Handler(name, kind, tuple(needs), make, make.__doc__); return make
     return register
 
+# %% ../nbs/10_handlers.ipynb #b10f4920
 class BadCell(ValueError):
     "A handler met a value that it cannot use; `convert` adds where."
     def __init__(self, key, got, want): self.key, self.got, self.want = key, got, want; super().__init__(key)
@@ -256,7 +260,9 @@ def cell(
 
 # %% ../nbs/10_handlers.ipynb #2af4f300
 @handler("GeneralPretrainHandler", kind="text")
-def general_pretrain(row):
+def general_pretrain(
+    row: dict # column -> value
+) -> dict: # itself
     "each of --json-keys is a column of documents"
     return row
 
@@ -271,7 +277,9 @@ def chat(
     return Record(said, tools)
 
 @handler("AlpacaStyleInstructionHandler", needs=("instruction", "output"))
-def alpaca_style(row):
+def alpaca_style(
+    row: dict # column -> value
+) -> Record | None: # None where question or answer is empty
     "instruction, input, output, and where present system and history: [[question, answer], …]"
     question = "\n".join(filter(None, (cell(row, "instruction"), cell(row, "input"))))
     answer, turns = cell(row, "output"), row.get("history") or []
@@ -286,6 +294,7 @@ def get_handler(
     "Look a handler up. Raises UserError that suggests the nearest name (ModelLink would silently take GeneralPretrainHandler)."
     return HANDLERS[one_of("handler_name", name, HANDLERS)]
 
+# %% ../nbs/10_handlers.ipynb #2d86acfd
 def _no_column(rows: Rows, i, row, key, handler_name, needs):
     return UserError("no_column", key=key, where=rows.where(i), found=", ".join(map(str, row)) or "none", handler=handler_name,
                      needs=", ".join(needs), hint=nearest(key, map(str, row)))

@@ -58,6 +58,7 @@ class _Texts:
             if lengths: writer.add_many(np.frombuffer(flat, np.int32), lengths)
             self.count["tokens"] += len(flat)
 
+# %% ../nbs/14_preprocess.ipynb #5ae65437
 class _Chats:
     "Instruction samples: ids, mask and labels."
     def __init__(self, cfg: PreprocessConfig, rows: Rows, tokenizer: Tokenizer):
@@ -103,6 +104,7 @@ def run(
     if not json: print(describe(result))
     return result
 
+# %% ../nbs/14_preprocess.ipynb #3d3ad236
 def _pump(work, rows: Rows, writers: list, log_interval: int):
     "Read, encode and write at the same time, one piece apart."
     with ThreadPoolExecutor(1) as pool, Progress(100, "Tokenizing (%)") as bar:
@@ -119,6 +121,7 @@ def _pump(work, rows: Rows, writers: list, log_interval: int):
                     say(f"{n:,} documents, {tokens:,} tokens, {rows.done_bytes / 2**20 / (time.time() - bar.t0):.1f} MiB/s")
             waiting = job
 
+# %% ../nbs/14_preprocess.ipynb #90faf0f1
 def describe(
     result: dict # from `run`
 ) -> str: # a few lines for people

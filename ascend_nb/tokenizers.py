@@ -151,7 +151,7 @@ class Tokenizer:
     @property
     def chat_template(self) -> str | None: return self.templates.get("default")
     @chat_template.setter
-    def chat_template(self, text: str): self.templates = {**self.templates, "default": text}
+    def chat_template(self, text: str): self.templates = {**self.templates, "default": text} # Jinja; `save` writes it
 
     def __repr__(self):
         return (f"Tokenizer({self.path.name}: {self.vocab_size:,} rows, bos {self.bos_token}, eos {self.eos_token}, pad {self.pad_token}, "

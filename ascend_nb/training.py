@@ -6,7 +6,7 @@
 __all__ = ['FREE', 'resolve', 'loaders', 'changed', 'find_resume', 'Job', 'build', 'describe', 'export', 'result', 'run']
 
 # %% ../nbs/43_training.ipynb #7f45f9bf
-import json as jsonlib
+import json as jsonlib, signal
 from dataclasses import dataclass, replace
 from pathlib import Path
 from .callbacks import usual
@@ -176,7 +176,7 @@ def export(
 def result(
     job: Job, # trained
     hf: Path | None # the exported folder
-) -> dict: # run, steps, first_loss, loss, valid_loss, tokens_per_s, hf, stopped
+) -> dict: # run, steps, first_loss, loss, valid_loss, tokens_per_s, hf, stopped; exit_code as a shell gives it, where a signal ended the run
     "The run in one JSON object."
     rows = [r for r in job.run.rows() if "loss" in r]
     now = [r for r in job.trainer.rows if r["tokens_per_s"]]
@@ -184,7 +184,8 @@ def result(
     seconds = sum(r["tokens"] / r["tokens_per_s"] for r in now)
     return dict(run=str(job.run.path), steps=job.trainer.step, first_loss=rows[0]["loss"] if rows else None, loss=rows[-1]["loss"] if rows else None,
                 valid_loss=valid[-1] if valid else None, tokens_per_s=round(sum(r["tokens"] for r in now) / seconds, 1) if now else None,
-                hf=str(hf) if hf else None, stopped=job.trainer.stopped or None)
+                hf=str(hf) if hf else None, stopped=job.trainer.stopped or None,
+                **(dict(exit_code=128 + signal.Signals[job.trainer.stopped]) if job.trainer.stopped in signal.Signals.__members__ else {}))
 
 def run(
     cfg: RunConfig, # everything

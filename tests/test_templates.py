@@ -7,7 +7,7 @@ from test_tokenizers import CHAT, GENERATION, SYSTEM, TOOLS, hf, templates
 
 from ascend_nb.core import UserError
 from ascend_nb.handlers import Record, chat
-from ascend_nb.templates import PROMPT_TYPES, encode_sft, encode_sft_many, jinja_of, pick_template, show_tokens
+from ascend_nb.templates import PROMPT_TYPES, encode_prompt, encode_sft, encode_sft_many, jinja_of, pick_template, prompt_name, show_tokens
 from ascend_nb.tokenizers import load_tokenizer
 
 # what each published template makes of an answer and of the last one, read off the templates by eye. Without an end-of-turn token the line
@@ -102,13 +102,19 @@ def test_tools_are_read_not_learned(qwen):
     assert "Adds" not in "".join(learned(tokens, tok)) and learned(tokens, tok)[0].startswith("It is 4.")
 
 
-def test_prompt_for_inference_is_what_was_trained(ends):
-    "The ids in front of the answer are exactly those that chat will send for the same question."
-    for template in (jinja_of("chatml"), jinja_of("default"), GENERATION + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"):
-        ends.chat_template = template
-        tokens = encode_sft(Record(SYSTEM + CHAT[:2]), ends)
-        n = tokens.loss_mask.index(1)
-        assert tokens.ids[:n] == ends.apply_chat(SYSTEM + CHAT[:1], add_generation_prompt=True)
+@pytest.mark.parametrize("prompt", [None, *PROMPT_TYPES])
+def test_prompt_for_inference_is_what_was_trained(ends, prompt):
+    "The ids in front of the answer are exactly those that chat will send for the same question, also where the answer begins with a line break."
+    ends.chat_template = GENERATION + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    for answer in ("It is 4.", "\n4", " 4", "\n\n 4", "...4", "4"):
+        for said in ([], SYSTEM):
+            ask = said + CHAT[:1]
+            tokens = encode_sft(Record([*ask, dict(role="assistant", content=answer)]), ends, prompt)
+            ids = encode_prompt(ask, ends, prompt)
+            assert tokens.ids[:len(ids)] == ids and tokens.loss_mask.index(1) == len(ids) and sum(tokens.loss_mask[:len(ids)]) == 0
+    assert encode_prompt(CHAT[:3], ends) == ends.apply_chat(CHAT[:3], add_generation_prompt=True) and prompt_name(ends, prompt) == prompt
+    ends.templates = {}
+    assert prompt_name(ends) == "alpaca" and encode_prompt(CHAT[:1], ends) == encode_prompt(CHAT[:1], ends, "alpaca")
 
 
 @pytest.mark.parametrize("name, text", [

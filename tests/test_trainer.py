@@ -239,7 +239,7 @@ def test_16_bits_learn_what_fp32_learns(dtype):
 
 
 def test_fp16_overflow_skips_the_step_and_halves_the_scale():
-    t = trainer(dtype="fp16", initial_loss_scale=2.**40, train_iters=40, callbacks=[Guards()])
+    t = trainer(dtype="fp16", initial_loss_scale=2.**40, train_iters=50, callbacks=[Guards()], data=samples(8))
     before, first = named(t), None
     class Watch(Callback):
         def after_update(self, t):
