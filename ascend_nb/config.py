@@ -235,6 +235,7 @@ class FetchConfig:
 @dataclass
 class DoctorConfig:
     "Is this machine able to run it, and what to do if not."
+    device: str = knob("auto", choices=("auto", "npu", "cpu")) # what you mean to run on; npu: a machine without one is a problem
 
 @dataclass
 class QuickstartConfig:

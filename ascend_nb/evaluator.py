@@ -10,10 +10,10 @@ __all__ = ['HEAD_ROWS', 'WORTH', 'WORTH_ELSE', 'METRICS', 'encode_pairs', 'Row',
 # %% ../nbs/53_evaluator.ipynb #4a8e239f
 import math, time
 from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Callable, Sequence
 import torch
 from torch.nn import functional as F
 from .core import Progress, UserError, atomic_file, messages, pick_device, pick_dtype, say
@@ -222,8 +222,8 @@ def score_items(
     "Ask every question. The first metric decides `prediction` and `correct`; each metric has its 0 or 1 under its own name."
     samples = []
     with Progress(sum(len(i.choices) for i in items), "Answers scored", quiet=quiet) as bar:
-        for subject, group in groupby(items, key=lambda i: i.subject):
-            group = list(group)
+        for subject, some in groupby(items, key=lambda i: i.subject):
+            group = list(some)
             def done(n, subject=subject): bar.update(n, subject)
             scores = iter(loglikelihoods(model, tokenizer, [p for i in group for p in i.pairs()], batch_size, done))
             samples += [_sample(i, [next(scores)[0] for _ in i.choices], metrics) for i in group]
@@ -262,8 +262,8 @@ def summary(
 ) -> dict: # "results", "groups", "configs", "versions", "n-shot", "n-samples", "higher_is_better"
     "The result in lm-eval's JSON shape (`lm_eval.result_schema.EvalResults`)."
     task, rows, configs = get_task(name), {}, {}
-    for subject, group in groupby(samples, key=lambda s: s["subject"]):
-        group, key = list(group), task.subtask.format(subject=subject) or name
+    for subject, some in groupby(samples, key=lambda s: s["subject"]):
+        group, key = list(some), task.subtask.format(subject=subject) or name
         rows[key] = dict(alias=subject or name, name=key, sample_len=len(group), **_metrics(group, task.metrics))
         configs[key] = dict(
             task=key, dataset_path=str(data_path), dataset_name=subject, output_type="multiple_choice", num_fewshot=num_fewshot,

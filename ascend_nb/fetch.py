@@ -291,8 +291,8 @@ messages(
                 "{source} 中没有 safetensors 权重；应在 config.json 旁有 *.safetensors。请换一个包含它们的仓库。"),
     bad_source=("Found the source {source!r}; expected one of: {known}.", "未知来源 {source!r}；可用的来源：{known}。"),
 )
-_SENTENCE = {"OfflineModeIsEnabled": "hub_offline", "GatedRepoError": "hub_closed", "RepositoryNotFoundError": "hub_closed", "NotExistError": "hub_closed",
-             "NotFoundError": "hub_closed"}
+_SENTENCE = {"OfflineModeIsEnabled": "hub_offline", "GatedRepoError": "hub_closed", "RepositoryNotFoundError": "hub_closed",
+             "NotExistError": "hub_closed", "PermissionDeniedError": "hub_closed", "AuthenticationError": "hub_closed"}
 
 @contextmanager
 def _explain(**facts):

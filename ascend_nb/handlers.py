@@ -72,7 +72,7 @@ def _json(path):
                 more = f.read(max(CHUNK, len(buf) - pos)) if cut else ""
                 if not more and pos == len(buf) and not array: break
                 if not more:
-                    why = "the file ends inside the array" if cut else e.msg
+                    why = "the file ends too early" if e.pos >= len(buf.rstrip()) or e.msg.startswith("Unterminated") else e.msg
                     raise UserError("bad_json", path=path, line=line + buf.count("\n", 0, e.pos), why=why) from None
                 line, buf, pos = line + buf.count("\n", 0, pos), buf[pos:] + more, 0
             else: rows.append(row)
@@ -299,6 +299,13 @@ def _no_column(rows: Rows, i, row, key, handler_name, needs):
     return UserError("no_column", key=key, where=rows.where(i), found=", ".join(map(str, row)) or "none", handler=handler_name,
                      needs=", ".join(needs), hint=nearest(key, map(str, row)))
 
+def _half(texts) -> int | None:
+    "Which text holds half a character, as JSON's \\ud83d without its second half; None: none does."
+    try: "".join(texts).encode()
+    except UnicodeEncodeError: return next(i for i, t in enumerate(texts) if any("\ud800" <= c <= "\udfff" for c in t))
+
+_WHOLE = dict(got="half a character (a \\ud8xx without its second half)", want="whole characters")
+
 def convert(
     piece: list, # rows, as `Rows.pieces` yields them
     handler: Handler, # what they mean
@@ -311,8 +318,11 @@ def convert(
             if key not in row: raise _no_column(rows, i, row, key, handler.name, handler.needs)
         try: out.append(handler.make(row))
         except BadCell as e: raise UserError("bad_cell", got=e.got, key=e.key, where=rows.where(i), want=e.want) from None
+        if isinstance(out[-1], Record) and _half([m["content"] for m in out[-1].messages]) is not None:
+            raise UserError("bad_cell", key=", ".join(handler.needs), where=rows.where(i), **_WHOLE)
     return out
 
+# %% ../nbs/10_handlers.ipynb #79a98040
 def column(
     piece: list, # rows of texts
     key: str, # one of --json-keys
@@ -320,10 +330,15 @@ def column(
 ) -> list: # a text for each row; "" for null
     "One column of a piece, checked to be text."
     texts = [row.get(key) for row in piece]
-    if all(type(t) is str for t in texts): return texts
+    if not all(type(t) is str for t in texts): texts = _checked(piece, key, rows)
+    if (i := _half(texts)) is not None: raise UserError("bad_cell", key=key, where=rows.where(i), **_WHOLE)
+    return texts
+
+def _checked(piece, key, rows):
+    "The slow way, which knows the row: null is an empty text, what is no text is an error."
+    texts = []
     for i, row in enumerate(piece):
         if key not in row: raise _no_column(rows, i, row, key, "--json-keys", [key])
-    try: return [cell(row, key) for i, row in enumerate(piece)]
-    except BadCell as e:
-        i = next(i for i, t in enumerate(texts) if t is not None and not isinstance(t, str))
-        raise UserError("bad_cell", got=e.got, key=key, where=rows.where(i), want=e.want) from None
+        try: texts.append(cell(row, key))
+        except BadCell as e: raise UserError("bad_cell", got=e.got, key=key, where=rows.where(i), want=e.want) from None
+    return texts

@@ -7,8 +7,9 @@ __all__ = ['knob', 'comments', 'Knob', 'plain_type', 'knobs', 'coerce', 'nearest
            'dump_yaml', 'save_yaml', 'parser', 'parse_args', 'to_args']
 
 # %% ../nbs/02_schema.ipynb #908ae8dc
-import argparse, ast, dataclasses, difflib, inspect, sys, tokenize, types, typing
+import argparse, ast, difflib, inspect, sys, tokenize, types, typing
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from functools import cache
 from io import StringIO
 from pathlib import Path
 from .core import UserError, atomic_file, messages
@@ -31,6 +32,7 @@ def knob(
     return field(default=default, metadata=meta)
 
 # %% ../nbs/02_schema.ipynb #eabd21e2
+@cache
 def comments(
     cls: type # a dataclass whose source can be read
 ) -> dict: # field name -> the comment at the end of its line
@@ -153,17 +155,19 @@ def nearest(
     return f" Did you mean {near[0]}?" if near else ""
 
 # %% ../nbs/02_schema.ipynb #03486509
+def _derived(cfg) -> dict: return cfg.reasons() if hasattr(cfg, "reasons") else {}
+
 def to_dict(
     cfg, # a dataclass instance
     changed: bool = False # only what differs from the defaults
 ) -> dict: # plain values, nested for sections
-    "A config as plain data."
-    out = {}
+    "A config as plain data. A value that the config derived by itself is no change."
+    out, derived = {}, _derived(cfg)
     for f in fields(cfg):
         if not f.init or f.name.startswith("_"): continue
         v = getattr(cfg, f.name)
         if is_dataclass(v): v = to_dict(v, changed)
-        elif changed and v == (f.default_factory() if f.default_factory is not MISSING else f.default): continue
+        elif changed and (f.name in derived or v == (f.default_factory() if f.default_factory is not MISSING else f.default)): continue
         if not (changed and v == {} and is_dataclass(getattr(cfg, f.name))): out[f.name] = list(v) if isinstance(v, tuple) else v
     return out
 
@@ -182,9 +186,10 @@ def from_dict(
         section = typing.get_type_hints(cls)[name]
         if is_dataclass(section): kw[name] = v if isinstance(v, section) else from_dict(section, v or {}, f"{where}, section {name}", getattr(base, name, None))
         else: kw[name] = coerce(flat[name], v)
+    if base is not None: kw = {n: getattr(base, n) for n in known if n not in _derived(base)} | kw # derived values are derived anew
     for k in flat.values():
-        if k.name not in kw and k.default is MISSING and base is None: raise UserError("must_give", name=k.name, help=k.help, flag=k.flag)
-    return dataclasses.replace(base, **kw) if base is not None else cls(**kw)
+        if k.name not in kw and k.default is MISSING: raise UserError("must_give", name=k.name, help=k.help, flag=k.flag)
+    return cls(**kw)
 
 # %% ../nbs/02_schema.ipynb #f84d49e0
 def load_yaml(

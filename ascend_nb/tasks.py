@@ -7,9 +7,9 @@ __all__ = ['MMLU_COLUMNS', 'TASKS', 'read_mmlu', 'read_boolq', 'Task', 'get_task
 
 # %% ../nbs/52_tasks.ipynb #5364fd39
 import csv, io, json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
 from .core import UserError, messages, one_of
 
 # %% ../nbs/52_tasks.ipynb #819e3229
@@ -30,9 +30,9 @@ def read_mmlu(
         if not row: continue
         if len(row) != 6: raise UserError("mmlu_columns", path=path, row=n, got=len(row))
         doc = dict(zip(MMLU_COLUMNS, row))
-        gold = "ABCD".find(doc["answer"].strip() or "?")
-        if gold < 0: raise UserError("mmlu_answer", path=path, row=n, got=doc["answer"])
-        docs.append({**doc, "question": doc["question"].strip(), "gold": gold})
+        answer = doc["answer"].strip()
+        if answer not in tuple("ABCD"): raise UserError("mmlu_answer", path=path, row=n, got=doc["answer"])
+        docs.append({**doc, "question": doc["question"].strip(), "gold": "ABCD".index(answer)})
     return docs
 
 messages(

@@ -7,7 +7,7 @@ __all__ = ['PROMPT_TYPES', 'PromptType', 'jinja_of', 'prompt_name', 'pick_templa
            'encode_prompt', 'TokenView', 'show_tokens']
 
 # %% ../nbs/11_templates.ipynb #19540e69
-import html, os, re
+import functools, html, os, re
 from dataclasses import dataclass
 import numpy as np
 from .core import UserError, in_notebook, messages, one_of
@@ -45,6 +45,7 @@ _SHAPE = """{%- set system = messages[0]['content'] if messages[0]['role'] == 's
     {%- endif -%}
 {%- endfor -%}"""
 
+@functools.lru_cache
 def jinja_of(
     name: str # a key of PROMPT_TYPES
 ) -> str: # a chat template
@@ -66,15 +67,16 @@ def prompt_name(
     prompt_type: str | None = None # a key of PROMPT_TYPES; none: the tokenizer's own template, else alpaca
 ) -> str | None: # a key of PROMPT_TYPES; None: the tokenizer's own template
     "Which template is used."
-    return prompt_type or (None if tokenizer.chat_template else "alpaca")
+    return prompt_type or (None if tokenizer.templates else "alpaca")
 
 def pick_template(
     tokenizer: Tokenizer, # whose own template comes first
-    prompt_type: str | None = None # a key of PROMPT_TYPES; none: the tokenizer's own template, else alpaca
+    prompt_type: str | None = None, # a key of PROMPT_TYPES; none: the tokenizer's own template, else alpaca
+    tools: list | None = None # functions of the chat: some tokenizers have a template of its own for them
 ) -> str: # Jinja text
     "The chat template to train with. Raises UserError for an unknown name, or a vocabulary that lacks what the template needs."
     name = prompt_name(tokenizer, prompt_type)
-    if name is None: return tokenizer.chat_template
+    if name is None: return tokenizer.find_template(tools=tools)
     template = jinja_of(name)
     for token in PROMPT_TYPES[name].needs:
         if tokenizer.id(token) is None: raise UserError("prompt_needs", name=name, token=token, path=tokenizer.path, known=", ".join(PROMPT_TYPES))
@@ -147,8 +149,7 @@ def encode_sft_many(
     prompt_type: str | None = None # a key of PROMPT_TYPES; none: the tokenizer's own template, else alpaca
 ) -> list: # of Tokens
     "Chats to ids and masks, on all cores. Raises UserError for a chat without an answer, or a template whose answers cannot be found."
-    template = pick_template(tokenizer, prompt_type)
-    found = [_spans(r, tokenizer, template) for r in records]
+    found = [_spans(r, tokenizer, pick_template(tokenizer, prompt_type, r.tools)) for r in records]
     out = []
     for record, (text, spans), e in zip(records, found, tokenizer.rust.encode_batch([t for t, _ in found], add_special_tokens=False)):
         mask, cuts = _mask(e.offsets, spans)
@@ -196,7 +197,7 @@ def encode_prompt(
     tools: list | None = None # JSON schemas of functions
 ) -> list: # ids
     "What a model is given before it answers: the same ids that stand before the answer in training."
-    return tokenizer.apply_chat(messages, True, tools, chat_template=pick_template(tokenizer, prompt_type))
+    return tokenizer.apply_chat(messages, True, tools, chat_template=pick_template(tokenizer, prompt_type, tools))
 
 # %% ../nbs/11_templates.ipynb #6d25f3b1
 class TokenView:

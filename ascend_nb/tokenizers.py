@@ -242,22 +242,32 @@ def _load_file(file: Path) -> Tokenizer:
 
 def _from_transformers(folder: Path, config: dict, path: Path, found: str) -> Tokenizer:
     "What has no tokenizer.json: converted by transformers.AutoTokenizer."
-    from transformers import AutoTokenizer
-    known = config.get("tokenizer_class") or (folder/"config.json").is_file()
-    guess = {"tokenizer_type": "gpt2"} if found == "merges.txt" and not known else {}
-    try: slow = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, **guess)
+    import transformers
+    named, old = config.get("tokenizer_class") or (folder/"config.json").is_file(), transformers.__version__ < "5"
+    kind = "gpt2" if found == "merges.txt" else "llama" if old else None # what a folder is that does not say; version 5 guesses well
+    guess = {} if named or kind is None else {"tokenizer_type": kind}
+    try: slow = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True, **guess)
     except Exception as e: raise UserError("tok_slow", path=path, why=(str(e) or type(e).__name__).splitlines()[0]) from None
     if not slow.is_fast: raise UserError("tok_slow", path=path, why=f"{type(slow).__name__} has no fast form")
     names = {k: str(getattr(slow, k)) for k in _NAMED if getattr(slow, k, None)}
     return Tokenizer(slow.backend_tokenizer, {**config, **names}, _templates(folder, config), path, f"{found}, converted by transformers")
 
 # %% ../nbs/04_tokenizers.ipynb #b05f56e8
+@patch
+def find_template(self: Tokenizer,
+    name: str | None = None, # a template's name in the folder, or Jinja text; none: `tool_use` where there are tools and such a template, else `default`
+    tools: list | None = None # functions of the chat
+) -> str: # Jinja text
+    "The template for a chat. Raises UserError where there is none."
+    name = name or ("tool_use" if tools is not None and "tool_use" in self.templates else "default")
+    text = self.templates.get(name, name if "{" in name else None)
+    if text is None: raise UserError("no_template", path=self.path, named=f" named {name!r}" if self.templates else "")
+    return text
+
 def _render(self: Tokenizer, messages: list, add_generation_prompt: bool, tools, chat_template, mark: bool, kw: dict) -> str:
     "Run a template and turn its failures into sentences."
     import jinja2
-    name = chat_template or ("tool_use" if tools is not None and "tool_use" in self.templates else "default")
-    text = self.templates.get(name, chat_template)
-    if text is None: raise UserError("no_template", path=self.path, named=f" named {name!r}" if self.templates else "")
+    text = self.find_template(chat_template, tools)
     try:
         return _compiled(text, mark).render(**{"documents": None, **self.special, **kw}, messages=[_plain(m) for m in messages],
                                             tools=tools, add_generation_prompt=add_generation_prompt)
@@ -265,6 +275,7 @@ def _render(self: Tokenizer, messages: list, add_generation_prompt: bool, tools,
     except (jinja2.TemplateError, TypeError, KeyError) as e:
         raise UserError("chat_refused", path=self.path, roles=", ".join(str(m.get("role")) for m in messages), why=e) from None
 
+# %% ../nbs/04_tokenizers.ipynb #4b41e25d
 @patch
 def render_chat(self: Tokenizer,
     messages: list, # of {"role", "content"}

@@ -102,7 +102,8 @@ BROKEN = [
     ("a.jsonl", b'{"text": "a"}\n\n{"text": }\n', "Line 3 of .*Expecting value at column 10"),
     ("a.jsonl", b'{"text": "a"}\n[1]\n', "Found a list as row 2 of a.jsonl"),
     ("a.json", b'[{"text": "a"},\n{"text": "b" "c"},\n{"text": "d"}' + b" " * 99 + b"]", "Line 2 of .*Expecting ',' delimiter"),
-    ("a.json", b'[{"text": "a"},\n{"text": "b"},', "Line 2 of .*ends inside the array"),
+    ("a.json", b'[{"text": "a"},\n{"text": "b"},', "Line 2 of .*ends too early"),
+    ("a.json", b'[{"text": "a"},\n{"text": b}]', "Line 2 of .*Expecting value"), ("a.json", b'{"text": "a"}\n{"text": 1', "Line 2 of .*too early"),
     ("a.json", b"[1, 2]", "Found a int as row 1"), ("a.json", b"", "no rows"), ("a.json", b"[ ]", "no rows"), ("a.json", b"\n", "no rows"),
     ("a.txt", b"", "no rows"), ("a.csv", b"text,n\n", "no rows"), ("a.jsonl", b"\n\n", "no rows"),
     ("a.txt", b"fine\nfine\nnot \xb0 fine\n", "line 3 holds the byte 0xb0"), ("a.txt", "half 好".encode()[:-1], "line 1 holds"),
@@ -159,6 +160,16 @@ def test_wrong_rows_are_named(tmp_path, row, says):
     rows = read_rows(tmp_path / "x.jsonl")
     with pytest.raises(UserError, match=says):
         for piece in rows.pieces(): convert(piece, get_handler("AlpacaStyleInstructionHandler"), rows)
+
+
+def test_half_a_character_is_named(tmp_path):
+    "A \\ud83d alone is valid JSON and no text: crawled data has it, and no tokenizer takes it."
+    (tmp_path / "x.jsonl").write_text('{"text": "ok \\ud83d\\ude00", "instruction": "q", "output": "a"}\n{"text": "cut \\ud83d", "instruction": "q", "output": "\\ude00"}')
+    rows = read_rows(tmp_path / "x.jsonl")
+    piece = next(rows.pieces())
+    with pytest.raises(UserError, match="half a character .* in column 'text' of row 2 of x.jsonl"): column(piece, "text", rows)
+    with pytest.raises(UserError, match="half a character .* of row 2 of x.jsonl"): convert(piece, get_handler("AlpacaStyleInstructionHandler"), rows)
+    assert column(piece[:1], "text", rows) == ["ok 😀"]
 
 
 @pytest.mark.parametrize("row, says", [(dict(txt="a"), "no column 'text' in row 2 of x.jsonl, which has txt; .* Did you mean txt"),

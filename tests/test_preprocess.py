@@ -34,6 +34,10 @@ def toks(shared_data, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def theirs(toks): return {name: hf(folder) for name, folder in toks.items()}
+
+
+@pytest.fixture(scope="module")
 def read(shared_data, tmp_path_factory):
     "The rows of a real file, read by `datasets`."
     import datasets
@@ -51,12 +55,12 @@ def documents(rows, key, theirs, eod):
 
 @pytest.mark.parametrize("tokenizer", ["qwen2", "llama2"])
 @pytest.mark.parametrize("name", FORMS)
-def test_pretraining_files(shared_data, toks, read, tmp_path, name, tokenizer):
+def test_pretraining_files(shared_data, toks, theirs, read, tmp_path, name, tokenizer):
     "Every format of real data: the ids of transformers for the rows of `datasets`, under ModelLink's names."
     eod, keys = name != "c4.parquet", KEYS.get(name, ["text"])
     cfg = config(shared_data / "pretrain" / name, toks[tokenizer], tmp_path / "out" / "wiki", json_keys=keys, append_eod=eod)
-    out, rows, theirs = run(cfg, json=True), read(name), hf(toks[tokenizer])
-    want = {k: documents(rows, k, theirs, eod) for k in keys}
+    out, rows = run(cfg, json=True), read(name)
+    want = {k: documents(rows, k, theirs[tokenizer], eod) for k in keys}
     assert sorted(os.listdir(tmp_path / "out")) == sorted(f"wiki_{k}_document.{e}" for k in keys for e in ("bin", "idx"))
     for key in keys:
         pair = IndexedReader(tmp_path / "out" / f"wiki_{key}_document")
@@ -68,21 +72,21 @@ def test_pretraining_files(shared_data, toks, read, tmp_path, name, tokenizer):
 
 
 @pytest.mark.parametrize("name", ["c4_demo.jsonl", "TruthfulQA.csv"])
-def test_bytes_are_megatrons(mcore, shared_data, toks, read, tmp_path, name):  # noqa: F811
+def test_bytes_are_megatrons(mcore, shared_data, toks, theirs, read, tmp_path, name):  # noqa: F811
     "The pair that Megatron's own builder writes for the same documents."
     key = KEYS.get(name, ["text"])[0]
     run(config(shared_data / "pretrain" / name, toks["qwen2"], tmp_path / "ours", json_keys=[key], append_eod=True), json=True)
     builder = mcore.IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=np.int32)
     import torch
-    for ids in documents(read(name), key, hf(toks["qwen2"]), True): builder.add_item(torch.IntTensor(ids)); builder.end_document()
+    for ids in documents(read(name), key, theirs["qwen2"], True): builder.add_item(torch.IntTensor(ids)); builder.end_document()
     builder.finalize(str(tmp_path / "theirs.idx"))
     assert both(tmp_path / f"ours_{key}_document") == both(tmp_path / "theirs")
 
 
-def test_folder_is_the_files_one_after_another(toks, tmp_path):
+def test_folder_is_the_files_one_after_another(toks, theirs, tmp_path):
     for name, text in (("b", "three\n"), ("a", "one\n\ntwo\n")): (tmp_path / f"{name}.txt").write_text(text)
     run(config(tmp_path, toks["qwen2"], tmp_path / "x"), json=True)
-    assert [hf(toks["qwen2"]).decode(x) for x in IndexedReader(tmp_path / "x_text_document")] == ["one", "two", "three"]
+    assert [theirs["qwen2"].decode(x) for x in IndexedReader(tmp_path / "x_text_document")] == ["one", "two", "three"]
 
 
 def test_threads_do_not_change_the_bytes(shared_data, toks, tmp_path):
@@ -113,8 +117,7 @@ def chatml(shared_data, tmp_path):
     return folder
 
 
-@pytest.mark.parametrize("name", ["alpaca_en_demo.json", "alpaca_zh_demo.json", "oaast_sft_zh.json"])
-@pytest.mark.parametrize("eod", [False, True])
+@pytest.mark.parametrize("name, eod", [("alpaca_en_demo.json", True), ("alpaca_zh_demo.json", False), ("oaast_sft_zh.json", False)])
 def test_instruction_files(shared_data, chatml, tmp_path, name, eod):
     "Three pairs: transformers' ids of the whole chat, ones, and labels where transformers' mask of the marked template says so."
     marked = CHATML.replace("{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n", "{{ m['role'] + '\n' }}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + '<|im_end|>' }}"

@@ -55,3 +55,11 @@ def test_wrong_input(d, words):
 def test_bad_yaml_names_the_line(tmp_path):
     (tmp_path / "c.yaml").write_text("train:\n  lr: [1\n", encoding="utf-8")
     with pytest.raises(UserError, match="line 3"): load_yaml(RunConfig, tmp_path / "c.yaml")
+
+
+def test_a_derived_value_is_derived_anew(tmp_path):
+    "hidden_size from a file, overridden by a flag: head_dim follows."
+    (tmp_path / "c.yaml").write_text("model: {hidden_size: 256, num_attention_heads: 4}\n", encoding="utf-8")
+    cfg = parse_args(RunConfig, ["--config", str(tmp_path / "c.yaml"), "--hidden-size", "512"])
+    assert cfg.model.head_dim == 128 and "head_dim" not in to_dict(cfg, changed=True)["model"]
+    assert to_args(cfg) == ["--hidden-size", "512"]

@@ -40,6 +40,10 @@ def published(file):
     return text if "{%-" in text else text.replace("    ", "").replace("\n", "")
 
 
+@pytest.fixture(scope="module")
+def ends_hf(ends): return hf(ends.path)
+
+
 def learned(tokens, tok):
     "The learned text, a string for each run of learned ids."
     runs, on = [], False
@@ -72,11 +76,11 @@ MARKED = {
 
 
 @pytest.mark.parametrize("name", MARKED)
-def test_mask_equals_transformers(name, shared_data, ends):
+def test_mask_equals_transformers(name, shared_data, ends, ends_hf):
     "The same template with its answers marked by hand: transformers' mask is ours, with marks and without."
     plain = published(shared_data / "chat_templates" / f"{name}.jinja")
     assert MARKED[name][0] in plain
-    marked, theirs = plain.replace(*MARKED[name]), hf(ends.path)
+    marked, theirs = plain.replace(*MARKED[name]), ends_hf
     for messages in (CHAT, SYSTEM + CHAT, CHAT[:2]):
         want = theirs.apply_chat_template(messages, chat_template=marked, return_dict=True, return_assistant_tokens_mask=True)
         for template in (plain, marked):
@@ -92,6 +96,15 @@ def test_qwen3_rewrites_earlier_turns(qwen):
     rec = chat([("q1", think + "a1 <|im_end|> b "), ("q2", "a2"), ("q3", think + "a3")], "s")
     assert learned(encode_sft(rec, tok), tok) == ["a1 <|im_end|> b <|im_end|>", "a2<|im_end|>", think + "a3<|im_end|>"]
     assert learned(encode_sft(chat([("q1", "a1"), ("q2", "a2")]), tok), tok) == ["a1<|im_end|>", "<think>\n\n</think>\n\na2<|im_end|>"]
+
+
+def test_template_for_tools(ends):
+    "A template named tool_use is taken for a chat with tools, in training and in chat alike."
+    ends.templates = {"default": "{% for m in messages %}{{ m.content }}|{% endfor %}", "tool_use": "T{% for m in messages %}{{ m.content }}|{% endfor %}"}
+    assert encode_sft(Record(CHAT, TOOLS), ends).ids == ends.apply_chat(CHAT, tools=TOOLS) != ends.apply_chat(CHAT) == encode_sft(Record(CHAT), ends).ids
+    assert encode_prompt(CHAT[:1], ends, tools=TOOLS) == ends.apply_chat(CHAT[:1], True, TOOLS)
+    ends.templates = {"rag": "x"}
+    with pytest.raises(UserError, match="no chat template named 'default'"): encode_sft(Record(CHAT), ends)
 
 
 def test_tools_are_read_not_learned(qwen):
@@ -122,10 +135,10 @@ def test_prompt_for_inference_is_what_was_trained(ends, prompt):
                "### Instruction:\nq1\n\n### Response:\na1</s>\n\n### Instruction:\nq2\n\n### Response:\na2</s>"),
     ("chatml", "<|im_start|>user\nq1<|im_end|>\n<|im_start|>assistant\na1</s>\n<|im_start|>user\nq2<|im_end|>\n<|im_start|>assistant\na2</s>"),
     ("default", "Human: q1\nAssistant:a1</s>\nHuman: q2\nAssistant:a2</s>"), ("empty", "q1a1q2a2")])
-def test_prompt_types(name, text, ends):
+def test_prompt_types(name, text, ends, ends_hf):
     rec = chat([("q1", "a1"), ("q2", "a2")])
     template = pick_template(ends, name)
-    assert ends.render_chat(rec.messages, chat_template=template) == text == hf(ends.path).apply_chat_template(rec.messages, chat_template=template, tokenize=False)
+    assert ends.render_chat(rec.messages, chat_template=template) == text == ends_hf.apply_chat_template(rec.messages, chat_template=template, tokenize=False)
     eos = "</s>" * PROMPT_TYPES[name].eos
     assert learned(encode_sft(rec, ends, name), ends) == [f"a1{eos}", f"a2{eos}"]
     with_system = ends.render_chat(chat([("q1", "a1")], "S'\"{}\\").messages, chat_template=template)

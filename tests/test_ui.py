@@ -1,0 +1,160 @@
+"""Forms and run views, driven as a person would: by setting widgets and by looking at what they say."""
+import json
+import re
+import time
+
+import ipywidgets as W
+import nbformat
+import pytest
+import yaml
+from ascend_nb.config import (
+    ChatConfig,
+    EvalConfig,
+    FetchConfig,
+    GenerateConfig,
+    PreprocessConfig,
+    QuickstartConfig,
+    RunConfig,
+    SampleConfig,
+    TrainConfig,
+)
+from ascend_nb.core import MESSAGES, UserError
+from ascend_nb.schema import from_dict, knobs, parse_args
+from ascend_nb.ui.forms import CodeView, command_line, form, python_cell
+from ascend_nb.ui.run_view import Tail, draw, show_run, summary
+from conftest import ROOT
+
+WHOLE = [RunConfig(), TrainConfig(), QuickstartConfig(), SampleConfig(), PreprocessConfig("a", "b", "c"), EvalConfig("m", "d"), FetchConfig("hf:a/b", "x"),
+         GenerateConfig(model="m", stop=["a b", "c"]), ChatConfig(model="m"), RunConfig(train=TrainConfig(lr=1e-3, dtype="bf16"))]
+
+
+@pytest.mark.parametrize("cfg", WHOLE, ids=lambda c: type(c).__name__)
+def test_a_form_gives_back_what_it_was_given(cfg):
+    f = form(cfg)
+    assert f.value == cfg and not f.errors
+    assert {path[-1] for path in f.fields} == {k.name for k in knobs(type(cfg))}
+    for field in f.fields.values(): assert field.control.tooltip == field.knob.help != ""
+
+
+@pytest.mark.parametrize("cfg", WHOLE, ids=lambda c: type(c).__name__)
+def test_shown_code_makes_the_same_config(cfg):
+    "Pasted: the Python cell runs, the YAML reads, the command parses."
+    names = {}
+    exec(python_cell(cfg), names)
+    assert names["cfg"] == cfg
+    from ascend_nb.schema import dump_yaml
+    assert from_dict(type(cfg), yaml.safe_load(dump_yaml(cfg, changed=True)) or {}) == cfg
+    import shlex
+    assert parse_args(type(cfg), shlex.split(command_line(cfg))[2:]) == cfg
+
+
+@pytest.mark.parametrize("name,text,words", [
+    ("lr", "fast", "expected a float"), ("lr", "-1", "from 0"), ("train_iters", "2.5", "expected a int"), ("train_iters", "", "Found no train_iters"),
+    ("lr_warmup_fraction", "2", "from 0 to 1"),
+])
+def test_a_wrong_value_is_told_under_its_field(name, text, words):
+    f = form(TrainConfig())
+    seen = []
+    f.on_change(lambda form: seen.append(dict(form.errors)))
+    field = f.fields[name,]
+    assert field.note.layout.display == "none"
+    field.control.value = text
+    assert words in field.note.value and field.note.layout.display == "block" and f.code.button.disabled and seen[-1]
+    with pytest.raises(UserError, match=words): f.value
+    field.control.value = str(getattr(TrainConfig(), name))
+    assert field.note.layout.display == "none" and f.value == TrainConfig() and not f.code.button.disabled
+
+
+def test_advanced_fields_are_folded():
+    f = form(TrainConfig())
+    folded = next(c for c in f.children if isinstance(c, W.Accordion))
+    assert folded.selected_index is None
+    inside = {c.children[0].description for c in folded.children[0].children}
+    assert inside == {k.name for k in knobs(TrainConfig) if k.advanced}
+
+
+def test_show_me_the_code_opens_and_closes():
+    f = form(TrainConfig(lr=1e-3))
+    assert isinstance(f.code, CodeView) and f.code.text.layout.display == "none"
+    f.code.button.click()
+    assert f.code.text.layout.display == "block" and "lr: 0.001" in f.code.text.value and "ascend_nb train --lr 0.001" in f.code.text.value
+    f.code.button.click()
+    assert f.code.text.layout.display == "none"
+
+
+def test_callbacks_are_quick():
+    f = form(RunConfig())
+    f.fields["train", "lr"].control.value = "1e-3"  # the first call reads the sources' comments
+    t = time.perf_counter()
+    f.fields["train", "lr"].control.value = "2e-3"
+    assert time.perf_counter() - t < .1
+
+
+def test_labels_in_both_languages(monkeypatch):
+    keys = [k for k in MESSAGES if k.startswith(("ui_", "run_", "plot_"))]
+    assert len(keys) > 12 and all(re.search(r"[\u4e00-\u9fff]", MESSAGES[k][1]) for k in keys)
+    monkeypatch.setenv("ASCEND_NB_LANG", "zh")
+    f = form(TrainConfig())
+    assert f.code.button.description == "显示代码" and "所有值均有效" in f.status.value
+
+
+def rows(n, total=20, start=None):
+    t = time.time() - 10 if start is None else start
+    return [dict(event="start", step=0, time=t, total_steps=total), *(dict(step=s, time=t + s / 10, loss=3 / s, tokens_per_s=5000.) for s in range(1, n + 1))]
+
+
+def write(path, items):
+    with open(path, "a", encoding="utf-8") as f: f.writelines(json.dumps(r) + "\n" for r in items)
+
+
+def test_a_view_follows_a_run_that_begins_later(tmp_path):
+    view = show_run(tmp_path / "run")
+    assert view.state == "run_waiting" and not view.image.value
+    (tmp_path / "run").mkdir()
+    write(tmp_path / "run/metrics.jsonl", rows(10))
+    deadline = time.time() + 10
+    while view.state != "run_going" and time.time() < deadline: time.sleep(.05)
+    assert view.state == "run_going" and bytes(view.image.value[:4]) == b"\x89PNG" and "step 10 of 20" in view.line.value
+    write(tmp_path / "run/metrics.jsonl", rows(20)[11:])
+    view.thread.join(10)
+    assert view.state == "run_done" and not view.thread.is_alive()
+
+
+def test_stop_ends_the_watching(tmp_path):
+    view = show_run(tmp_path)
+    view.stop(); view.thread.join(5)
+    assert not view.thread.is_alive()
+
+
+def test_half_a_line_and_a_shorter_file(tmp_path):
+    p = tmp_path / "metrics.jsonl"
+    write(p, rows(5))
+    tail = Tail(p)
+    assert tail.read() == 6 and tail.read() == 0
+    with open(p, "a") as f: f.write('{"step": 6, "ti')
+    assert tail.read() == 0
+    p.write_text("\n".join(json.dumps(r) for r in rows(3)) + "\n")
+    assert tail.read() == 4 and len(tail.rows) == 4
+
+
+def test_time_to_go_after_a_resume():
+    first, again = rows(10, start=0.), dict(event="resume", step=10, time=100., total_steps=20)
+    later = [dict(step=s, time=100. + (s - 10), loss=.1, tokens_per_s=1.) for s in range(11, 16)]
+    key, text = summary([*first, again, *later], "r", now=106.)
+    assert key == "run_going" and "0:05 so far, 0:05 to go" in text
+
+
+def test_a_plot_in_chinese_has_no_boxes(monkeypatch, recwarn):
+    monkeypatch.setenv("ASCEND_NB_LANG", "zh")
+    assert draw(rows(5))[:4] == b"\x89PNG"
+    assert not [w for w in recwarn if "missing from" in str(w.message)], "a glyph has no font"
+
+
+def test_in_a_real_kernel():
+    "The form's widget view and its text both reach the notebook."
+    from nbclient import NotebookClient
+    code = "from ascend_nb.ui.forms import form\nfrom ascend_nb.config import TrainConfig\nf = form(TrainConfig())\nf.fields['lr',].control.value='1e-3'\nf"
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
+    NotebookClient(nb, timeout=60, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}).execute()
+    data = nb.cells[0].outputs[-1]["data"]
+    assert "application/vnd.jupyter.widget-view+json" in data and "0.0003" not in data["text/plain"] and "1e-3" in data["text/plain"]
