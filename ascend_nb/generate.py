@@ -7,7 +7,6 @@ __all__ = ['warp', 'choose', 'check', 'Memory', 'next_ids', 'Detokenizer', 'Stop
            'prompt_ids', 'fallback_stop', 'load', 'run']
 
 # %% ../nbs/50_generate.ipynb #12ce215a
-import json as jsonlib
 import re, sys, time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,7 +14,8 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 from .config import GenerateConfig, SampleConfig
-from .core import UserError, in_notebook, messages, pick_device, pick_dtype, say
+from .core import UserError, in_notebook, messages, phrase, pick_device, pick_dtype, say
+from .families import max_length
 from .hf_format import load_model
 from .model import Decoder, KVCache
 from .schema import coerce, knobs
@@ -67,7 +67,7 @@ class Memory:
         room: int # tokens that will follow it
     ) -> list: # its end, which has still to be read; never empty
         "Keep the common beginning, forget the rest. The cache grows by doubling, up to the model's length."
-        need, most = len(ids) + room, self.model.cfg.max_position_embeddings
+        need, most = len(ids) + room, max_length(self.model.cfg)
         known = self.ids[:self.kv.length] if self.kv else []
         same = next((i for i, (a, b) in enumerate(zip(known, ids)) if a != b), min(len(known), len(ids)))
         if self.kv is None or self.kv.max_len < need:
@@ -197,20 +197,13 @@ class StopWords:
         return out
 
 # %% ../nbs/50_generate.ipynb #72a594d7
-messages(bad_generation_config=("{path} is not JSON: {why}. Fetch the file again or remove it.", "{path} 不是有效的 JSON：{why}。请重新获取该文件或将其删除。"))
-
 def end_ids(
-    model: Decoder, # its config's end-of-text ids
-    tokenizer: Tokenizer, # its eos token, and generation_config.json beside it
+    model: Decoder, # its config's end-of-text ids, which come from generation_config.json where there is one
+    tokenizer: Tokenizer, # its eos token
     stop: list = () # stop words: those that are special tokens never show up in text
 ) -> set: # ids that end a text
-    "Every id that ends a text: config.json, generation_config.json and the tokenizer may each name others (Llama 3's do)."
-    folder = tokenizer.path if tokenizer.path.is_dir() else tokenizer.path.parent
-    file, named = folder / "generation_config.json", None
-    try: named = jsonlib.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file.is_file() else None
-    except ValueError as e: raise UserError("bad_generation_config", path=file, why=e) from None
-    special = [tokenizer.id(w) for w in stop if w in tokenizer.special_tokens]
-    return {*model.cfg.eos_token_id, *([named] if isinstance(named, int) else named or []), tokenizer.eos_token_id, *special} - {None}
+    "Every id that ends a text. The model's files and the tokenizer may name different ones (an instruct model's often do)."
+    return {*model.cfg.eos_token_id, tokenizer.eos_token_id, *(tokenizer.id(w) for w in stop if w in tokenizer.special_tokens)} - {None}
 
 # %% ../nbs/50_generate.ipynb #d32e2d86
 messages(
@@ -226,12 +219,11 @@ messages(
 class Stream:
     "An iterator of text; afterwards `.text`, `.ids`, `.stopped_by` and `.tokens_per_s` say what happened. Made by `stream`."
     def __init__(self, model, tokenizer, ids, cfg, memory, generator, before):
-        most = model.cfg.max_position_embeddings
         check(cfg)
+        self.model_length = most = max_length(model.cfg)
         if not ids: raise UserError("prompt_empty")
         if len(ids) >= most: raise UserError("prompt_long", found=len(ids), most=most - 1, length=most)
         if max(ids) >= model.cfg.vocab_size: raise UserError("prompt_outside", id=max(ids), size=model.cfg.vocab_size)
-        self.model_length = most
         self.room, self.limit = min((cfg.max_new_tokens, "length"), (most - len(ids), "context"))
         self.ids, self.text, self.stopped_by, self.times = [], "", None, []
         self.ends, self.stop = end_ids(model, tokenizer, cfg.stop), StopWords(cfg.stop)
@@ -304,7 +296,7 @@ def fallback_stop(
     "Where there is no chat template, what opens the next question must end the answer; says so on stderr."
     if prompt_name(tokenizer) is None: return []
     stop = PROMPT_TYPES[prompt_name(tokenizer)].user.split("{}")[0].strip()
-    say(UserError("chat_fallback", name=prompt_name(tokenizer), stop=stop))
+    say(phrase("chat_fallback", name=prompt_name(tokenizer), stop=stop))
     return [stop]
 
 def load(

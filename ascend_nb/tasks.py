@@ -79,7 +79,7 @@ class Task:
     metrics: tuple = ("acc",) # acc: likeliest choice; acc_norm: likeliest per character of the choice
     subtask: str = "" # lm-eval's name of one subject; empty: the task has no subjects
     version: float = 1.0 # lm-eval's version of this prompt
-    group_version: float = 2 # lm-eval's version of the group of all subjects
+    group_version: str = "2" # lm-eval's version of the group of all subjects, which it writes as text
     delimiter: str = " " # between a question and its answer
 
 _MMLU = dict(read=read_mmlu, files="*_test.csv", shots="../dev/{subject}_dev.csv", num_fewshot=5)

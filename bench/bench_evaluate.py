@@ -1,0 +1,85 @@
+"""Scoring MMLU in the shape of SmolLM2-135M (fp32, random weights) against lm-evaluation-harness's HFLM: one JSON line.
+
+Both get the same questions, the same weights and the same batch size, and take turns, round after round; tokenisation is part of the time, loading is not.
+The claim is 5-shot MMLU; the other cases stand beside it. Every log-likelihood is compared: a fast wrong score is no score.
+"""
+import argparse
+import json
+import logging
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+from ascend_nb.config import ModelConfig
+from ascend_nb.evaluator import score_items
+from ascend_nb.hf_format import load_model, save_model
+from ascend_nb.model import Decoder
+from ascend_nb.tasks import load_task
+from ascend_nb.tokenizers import load_tokenizer
+
+logging.disable(logging.WARNING)
+ROOT = Path(__file__).resolve().parent.parent
+DATA = Path(os.environ.get("ASCEND_NB_DATA", ROOT.parent / "shared" / "data")) / "eval/mmlu/test"
+SMOLLM2 = ModelConfig(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+                      num_key_value_heads=3, max_position_embeddings=8192, rope_theta=100000., tie_word_embeddings=True)
+CASES = {"mmlu 5-shot": ("mmlu", 5), "mmlu 0-shot": ("mmlu", 0), "mmlu_continuation 5-shot": ("mmlu_continuation", 5), "mmlu_continuation 0-shot": ("mmlu_continuation", 0)}
+
+
+def questions(task, shots, limit):
+    "Real MMLU where it is, else the quiz that ships with the project (it has fewer worked examples)."
+    if DATA.is_dir(): return load_task(task, DATA, shots, limit)
+    return load_task(task, ROOT / "data_samples/town_quiz/test", min(shots, 2), limit)
+
+
+def folder_with(room, text):
+    "A model folder: random weights, a tokenizer trained on the questions."
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    bpe.train_from_iterator(text, trainers.BpeTrainer(vocab_size=8000, special_tokens=["<s>"], show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    bpe.save(str(room / "tokenizer.json"))
+    (room / "tokenizer_config.json").write_text(json.dumps(dict(tokenizer_class="PreTrainedTokenizerFast", eos_token="<s>")))
+    save_model(Decoder(SMOLLM2).init_weights(seed=1), room / "model", load_tokenizer(room))
+    return room / "model"
+
+
+def main():
+    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cli.add_argument("--rounds", type=int, default=3, help="how often each is timed")
+    cli.add_argument("--limit", type=int, default=4, help="questions of each subject")
+    cli.add_argument("--batch-size", type=int, default=8)
+    args = cli.parse_args()
+    took, worst = {}, 0.0
+    with tempfile.TemporaryDirectory() as d:
+        folder = folder_with(Path(d), [i.prompt for i in questions("mmlu", 5, 0)])
+        model, tok = load_model(folder), load_tokenizer(folder)
+        lm = HFLM(pretrained=LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32), tokenizer=AutoTokenizer.from_pretrained(folder), batch_size=args.batch_size, device="cpu")
+        for _ in range(args.rounds):
+            for case, (task, shots) in CASES.items():
+                items = questions(task, shots, args.limit)
+                began = time.perf_counter()
+                ours = [lp for s in score_items(model, tok, items, batch_size=args.batch_size, quiet=True) for lp in s["logprobs"]]
+                middle = time.perf_counter()
+                theirs = lm.loglikelihood([Instance("loglikelihood", {}, p, 0) for i in items for p in i.pairs()], disable_tqdm=True)
+                end = time.perf_counter()
+                worst = max(worst, *(abs(a - b[0]) for a, b in zip(ours, theirs, strict=True)))
+                took.setdefault(case, []).append(((middle - began) / len(items), (end - middle) / len(items)))
+    median = {case: [statistics.median(x) for x in zip(*rounds, strict=True)] for case, rounds in took.items()}
+    ratio = {case: statistics.median(theirs / ours for ours, theirs in rounds) for case, rounds in took.items()}
+    claim = next(iter(CASES))
+    print(json.dumps(dict(
+        name="evaluate", ratio=round(ratio[claim], 2), ours=round(median[claim][0], 3), peer=round(median[claim][1], 3), unit=f"s per question, {claim}",
+        peer_name="lm_eval HFLM.loglikelihood", largest_difference=worst, batch_size=args.batch_size, rounds=args.rounds, data="mmlu" if DATA.is_dir() else "town_quiz",
+        cases={c: dict(ratio=round(ratio[c], 2), ours=round(median[c][0], 3), peer=round(median[c][1], 3)) for c in CASES})))
+
+
+if __name__ == "__main__": main()
