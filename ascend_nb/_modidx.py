@@ -563,6 +563,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'ascend_nb.npu_kernels.cross_entropy': ( 'npu_kernels.html#cross_entropy',
                                                                                 'ascend_nb/npu_kernels.py'),
                                        'ascend_nb.npu_kernels.kernel': ('npu_kernels.html#kernel', 'ascend_nb/npu_kernels.py'),
+                                       'ascend_nb.npu_kernels.kernel_table': ('npu_kernels.html#kernel_table', 'ascend_nb/npu_kernels.py'),
                                        'ascend_nb.npu_kernels.linear_cross_entropy': ( 'npu_kernels.html#linear_cross_entropy',
                                                                                        'ascend_nb/npu_kernels.py'),
                                        'ascend_nb.npu_kernels.make_adamw': ('npu_kernels.html#make_adamw', 'ascend_nb/npu_kernels.py'),

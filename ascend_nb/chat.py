@@ -13,6 +13,7 @@ import torch
 from fastcore.basics import patch
 from .config import ChatConfig
 from .core import UserError, in_notebook, messages, phrase, say
+from .families import max_length
 from .generate import Memory, check, fallback_stop, load
 from .generate import stream as stream_text
 from .model import Decoder
@@ -42,7 +43,7 @@ class Chat:
         text: str # a question
     ) -> list: # ids: system prompt, as many earlier pairs as fit, the question
         "What the model will read. Room for the answer comes before old questions."
-        most = self.model.cfg.max_position_embeddings
+        most = max_length(self.model.cfg)
         room, turns = min(self.cfg.max_new_tokens, most // 2), min(self.cfg.history_turns, len(self.history))
         for n in range(turns, -1, -1):
             pairs = self.history[len(self.history) - n:]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KERNELS', 'BLOCK', 'kernel', 'pick', 'rms_norm', 'rotary', 'swiglu', 'attention', 'cross_entropy',
-           'linear_cross_entropy', 'NpuAdamW', 'make_adamw']
+           'linear_cross_entropy', 'NpuAdamW', 'make_adamw', 'kernel_table']
 
 # %% ../nbs/20_npu_kernels.ipynb #bfcef4b6
 import torch
@@ -129,7 +129,7 @@ def swiglu(
     "silu(gate) · up (Shazeer 2020)."
     return pick("swiglu", gate)(gate, up)
 
-# %% ../nbs/20_npu_kernels.ipynb #8a923600
+# %% ../nbs/20_npu_kernels.ipynb #971d0c80
 @lru_cache(maxsize=64)
 def _hidden(sq, sk, window, device):
     "(sq, sk) bool, True where a key must not be seen: ahead of the query or `window` or more behind it. Queries are the last sq of sk."
@@ -156,6 +156,7 @@ def _attention(q, k, v, causal, window, cu_seqlens, scale):
     out = F.scaled_dot_product_attention(_flat(q), _flat(k), _flat(v), seen, **gqa)
     return out.transpose(1, 2).reshape(B, Sq, N, D).transpose(1, 2)
 
+# %% ../nbs/20_npu_kernels.ipynb #ef888880
 BLOCK = 64 # queries at a time on a CPU
 
 @lru_cache(maxsize=64)
@@ -178,6 +179,7 @@ def _probs(x, kt, a, b, lo, hi, window): # x (B*K, G*(b-a), D) scaled, kt (B*K, 
     s.view(len(s), -1, rows, hi - lo)[..., -cols:].add_(_bias(rows, cols, window, s.dtype))
     return torch.softmax(s, -1, out=s)
 
+# %% ../nbs/20_npu_kernels.ipynb #715a812a
 class _BlockAttention(torch.autograd.Function):
     "Blocks of queries against the keys that they can see; probabilities are made again in backward (as FlashAttention does)."
     @staticmethod
@@ -208,6 +210,7 @@ class _BlockAttention(torch.autograd.Function):
             dk[:, lo:hi].baddbmm_(ds.transpose(1, 2), x)
         return dq, dk.view(B, K, -1, D), dv.view(B, K, -1, D), None, None, None
 
+# %% ../nbs/20_npu_kernels.ipynb #949cdc0a
 @kernel("attention", "cpu")
 def _attention_cpu(q, k, v, causal, window, cu_seqlens, scale):
     "blocks of queries, each against the keys it can see: two thirds of SDPA's time at 256 tokens"
@@ -218,6 +221,7 @@ def _attention_cpu(q, k, v, causal, window, cu_seqlens, scale):
     out = _BlockAttention.apply(_flat(q), _flat(k), _flat(v), plan, window, scale)
     return out.transpose(1, 2).view(B, S, N, D).transpose(1, 2)
 
+# %% ../nbs/20_npu_kernels.ipynb #aaa3a876
 @lru_cache(maxsize=8)
 def _mask_2048(device): return torch.ones(2048, 2048, dtype=torch.bool, device=device).triu_(1)
 
@@ -279,6 +283,7 @@ class _LinearCE(torch.autograd.Function):
         ctx.grads = None
         return *(None if g is None else g.mul_(scale) for g in grads), None, None
 
+# %% ../nbs/20_npu_kernels.ipynb #fa82bf02
 def _linear_ce(hidden, weight, labels, rows, need_h, need_w):
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     loss = hidden.new_zeros((), dtype=wide)
@@ -310,14 +315,23 @@ def linear_cross_entropy(
     "cross_entropy(hidden @ weight.T, labels) without ever holding all logits; gradients are made on the way."
     return pick("linear_cross_entropy", hidden)(hidden, weight, labels, rows)
 
-# %% ../nbs/20_npu_kernels.ipynb #fa82bf02
+# %% ../nbs/20_npu_kernels.ipynb #e058065f
 class NpuAdamW(torch.optim.Optimizer):
     "AdamW by `npu_apply_adam_w`; state per parameter: step, exp_avg, exp_avg_sq, as in torch."
-    def __init__(self, params, lr=1e-3, betas=(.9, .999), eps=1e-8, weight_decay=0.):
+    def __init__(self,
+        params, # parameters or groups
+        lr: float = 1e-3, # learning rate
+        betas: tuple = (.9, .999), # decay of the mean of gradients and of their squares
+        eps: float = 1e-8, # added to the root
+        weight_decay: float = 0. # decoupled
+    ):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self,
+        closure=None # not used
+    ) -> None:
+        "One update of every parameter that has a gradient."
         for g in self.param_groups:
             b1, b2 = g["betas"]
             for p in g["params"]:
@@ -342,3 +356,12 @@ def make_adamw(
 ) -> torch.optim.Optimizer: # step() and state_dict() as in torch.optim.AdamW
     "AdamW with decoupled weight decay (Loshchilov and Hutter 2019), one fused kernel per parameter."
     return pick("adamw", param_groups[0]["params"][0])(param_groups, lr=lr, betas=betas, eps=eps)
+
+# %% ../nbs/20_npu_kernels.ipynb #836b8817
+def kernel_table(
+    device: str = "cpu" # a torch device type
+) -> list: # (operation, column used, its note or the reason)
+    "What each operation uses on a device, and why."
+    note = lambda f: (f.__doc__ or "").strip().splitlines()[0] if f.__doc__ else ""
+    return [(op, device if device in row else "torch", note(row[device]) or "its own" if device in row else "the reference runs anywhere")
+            for op, row in KERNELS.items()]

@@ -26,6 +26,15 @@ EN_ZH = ["Hello, 你好，世界！ naïve café — ½ of 3°", "👩‍👩‍
          "한국어 텍스트 𝔘𝔫𝔦", "a", "", " ", "<0x41> is not a byte \ufffd nor is this"]
 
 
+@pytest.fixture(autouse=True)
+def one_thread(request):
+    "Models of a few kilobytes: more threads only wait for each other."
+    n = torch.get_num_threads()
+    if "slow" not in request.keywords: torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n)
+
+
 def pair(folder, family):
     "A tiny random model in transformers, and the same one in ours, read from the folder that transformers wrote."
     import transformers
@@ -131,8 +140,8 @@ def test_any_ids_join_to_their_text(tok):
     for _ in range(400):
         ids = [i for _ in range(r.randint(0, 30)) for i in some()]
         assert "".join(pieces(tok, ids)) == tok.decode(ids), ids
-        cut = r.randint(0, len(ids))
-        whole = tok.decode(ids)
+        cut, whole = r.randint(0, len(ids)), tok.decode(ids)
+        if tok.decode(ids[:cut]).endswith("\ufffd"): continue # a prompt is text: it does not end inside a character
         assert "".join(pieces(tok, ids[cut:], ids[:cut])) == whole[len(tok.decode(ids[:cut])):], (ids, cut)
 
 
@@ -176,6 +185,9 @@ def test_stop_words_never_show():
         assert text.startswith(shown + (stop.found or "")) and (stop.found or shown == text)
 
 
+CODE = "import sys; from ascend_nb.cli import main; sys.exit(main(['generate', *sys.argv[1:]]))"
+
+
 # ---- the command, with a model of a few kilobytes
 
 @pytest.fixture(scope="module")
@@ -193,7 +205,7 @@ def folder(samples, tmp_path_factory):
 
 def command(*args, stdin="", lang="en"):
     env = {**os.environ, "ASCEND_NB_LANG": lang}
-    return subprocess.run([sys.executable, "-m", "ascend_nb.cli", "generate", *map(str, args)], input=stdin, capture_output=True, text=True, encoding="utf-8", env=env)
+    return subprocess.run([sys.executable, "-c", CODE, *map(str, args)], input=stdin, capture_output=True, text=True, encoding="utf-8", env=env)
 
 
 def test_the_command_prints_the_continuation_alone(folder):
