@@ -169,7 +169,7 @@ def markdown(path):
     for cell in nbformat.read(path, as_version=4).cells:
         if cell.cell_type == "markdown": parts.append(cell.source)
         elif cell.cell_type == "code" and not re.match(r"\s*#\|\s*hide", cell.source):
-            parts.append(f"```python\n{cell.source}\n```")
+            parts.append(f"```python\n{cell.source.strip()}\n```")
             text = "".join(o.get("text", "") or "".join(o.get("data", {}).get("text/plain", "")) for o in cell.outputs)
             if text.strip(): parts.append(f"```text\n{text.rstrip()}\n```")
     return "<!-- Written by `make readme` from " + f"nbs/{path.name}; edit the notebook. -->\n\n" + "\n\n".join(parts) + "\n"

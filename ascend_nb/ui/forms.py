@@ -156,8 +156,8 @@ def python_cell(
 ) -> str: # a cell that makes it
     "Only what differs from the defaults."
     def call(c):
-        args = [f"{f.name}={call(v) if is_dataclass(v) else repr(v)}" for f in fields(c) if f.init
-                for v in [getattr(c, f.name)] if f.name in (d := to_dict(c, changed=True)) or (is_dataclass(v) and to_dict(v, changed=True))]
+        changed = to_dict(c, changed=True)
+        args = [f"{n}={call(v) if is_dataclass(v) else repr(v)}" for n in changed for v in [getattr(c, n)]]
         used.add(type(c).__name__)
         return f"{type(c).__name__}({', '.join(args)})"
     used = set()
