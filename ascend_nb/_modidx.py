@@ -280,6 +280,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'ascend_nb.evaluator._pooled': ('evaluator.html#_pooled', 'ascend_nb/evaluator.py'),
                                      'ascend_nb.evaluator._sample': ('evaluator.html#_sample', 'ascend_nb/evaluator.py'),
                                      'ascend_nb.evaluator._shared': ('evaluator.html#_shared', 'ascend_nb/evaluator.py'),
+                                     'ascend_nb.evaluator.branches': ('evaluator.html#branches', 'ascend_nb/evaluator.py'),
                                      'ascend_nb.evaluator.choose': ('evaluator.html#choose', 'ascend_nb/evaluator.py'),
                                      'ascend_nb.evaluator.encode_pairs': ('evaluator.html#encode_pairs', 'ascend_nb/evaluator.py'),
                                      'ascend_nb.evaluator.evaluate': ('evaluator.html#evaluate', 'ascend_nb/evaluator.py'),

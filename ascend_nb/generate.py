@@ -77,7 +77,7 @@ class Memory:
         self.kv.truncate(same); self.ids = list(ids)
         return self.ids[same:]
 
-@torch.no_grad()
+@torch.inference_mode()
 def next_ids(
     model: Decoder, # in eval mode
     ids: list, # prompt

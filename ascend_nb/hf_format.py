@@ -20,9 +20,9 @@ from .model import Decoder
 
 # %% ../nbs/31_hf_format.ipynb #5454417d
 SAFE, BIN = "model.safetensors", "pytorch_model.bin"
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
-          "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-          "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2} # safetensors' names
+DTYPES = {"I64": torch.int64, "F64": torch.float64, "F32": torch.float32, "I32": torch.int32, "BF16": torch.bfloat16, "F16": torch.float16,
+          "I16": torch.int16, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I8": torch.int8, "U8": torch.uint8,
+          "BOOL": torch.bool} # safetensors' names, in the order in which it writes them
 
 messages(
     bad_weights=("Found {path} ({size}), which cannot be read: {why}. Expected a whole weights file; fetch it again.",
@@ -70,8 +70,8 @@ def write_safetensors(
     done=lambda n: None # called with the bytes of each tensor that is written
 ) -> None:
     "Write a safetensors file without a second copy of the tensors, in the library's order and layout."
-    names, at = {v: k for k, v in DTYPES.items()}, 0
-    order = sorted(tensors, key=lambda k: (-tensors[k].element_size(), k))
+    names, rank, at = {v: k for k, v in DTYPES.items()}, list(DTYPES.values()), 0
+    order = sorted(tensors, key=lambda k: (rank.index(tensors[k].dtype), k))
     header = {"__metadata__": {"format": "pt"}}
     for k in order:
         t = tensors[k]

@@ -36,9 +36,9 @@ CASES = {"mmlu 5-shot": ("mmlu", 5), "mmlu 0-shot": ("mmlu", 0), "mmlu_continuat
 
 
 def questions(task, shots, limit):
-    "Real MMLU where it is, else the quiz that ships with the project (it has fewer worked examples)."
-    if DATA.is_dir(): return load_task(task, DATA, shots, limit)
-    return load_task(task, ROOT / "data_samples/town_quiz/test", min(shots, 2), limit)
+    "Two subjects of the real MMLU where it is, else the quiz that ships with the project (it has fewer worked examples)."
+    if not DATA.is_dir(): return load_task(task, ROOT / "data_samples/town_quiz/test", min(shots, 2), limit)
+    return [i for s in ("anatomy", "marketing") for i in load_task(task, DATA / f"{s}_test.csv", shots, limit)]
 
 
 def folder_with(room, text):
@@ -54,8 +54,8 @@ def folder_with(room, text):
 
 def main():
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cli.add_argument("--rounds", type=int, default=3, help="how often each is timed")
-    cli.add_argument("--limit", type=int, default=4, help="questions of each subject")
+    cli.add_argument("--rounds", type=int, default=2, help="how often each is timed")
+    cli.add_argument("--limit", type=int, default=10, help="questions of each subject")
     cli.add_argument("--batch-size", type=int, default=8)
     args = cli.parse_args()
     took, worst = {}, 0.0
