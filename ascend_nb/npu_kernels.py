@@ -52,7 +52,9 @@ class _RMSNorm(torch.autograd.Function):
         return dx.to(dtype).view(ctx.saved_tensors[0].shape), (r.t() @ p).view(-1).to(weight.dtype), None
 
 @kernel("rms_norm")
-def _(x, weight, eps): return _RMSNorm.apply(x, weight, eps)
+def _(x, weight, eps):
+    if torch.is_grad_enabled() or x.dtype in (torch.bfloat16, torch.float16): return _RMSNorm.apply(x, weight, eps)
+    return F.rms_norm(x, weight.shape, weight, eps)
 
 @kernel("rms_norm", "npu")
 def _(x, weight, eps): return torch.ops.npu.npu_rms_norm(x, weight.to(x.dtype), epsilon=eps)[0]
@@ -87,7 +89,12 @@ class _Rotary(torch.autograd.Function):
         return _turn(dq, cos, -sin), _turn(dk, cos, -sin), None, None
 
 @kernel("rotary")
-def _(q, k, cos, sin): return _Rotary.apply(q, k, cos.to(q.dtype), sin.to(q.dtype))
+def _(q, k, cos, sin):
+    cos, sin = cos.to(q.dtype), sin.to(q.dtype)
+    if torch.is_grad_enabled(): return _Rotary.apply(q, k, cos, sin)
+    h = sin.shape[-1] // 2
+    sin = torch.cat((-sin[..., :h], sin[..., h:]), -1)
+    return tuple(torch.addcmul(x * cos, x.roll(h, -1), sin) for x in (q, k))
 
 @kernel("rotary", "npu")
 def _(q, k, cos, sin):
@@ -117,7 +124,7 @@ class _SwiGLU(torch.autograd.Function):
         return torch.ops.aten.silu_backward(dy * up, gate), F.silu(gate).mul_(dy)
 
 @kernel("swiglu")
-def _(gate, up): return _SwiGLU.apply(gate, up)
+def _(gate, up): return _SwiGLU.apply(gate, up) if torch.is_grad_enabled() else F.silu(gate).mul_(up)
 
 @kernel("swiglu", "npu")
 def _(gate, up): return torch.ops.npu.npu_swiglu(torch.cat((gate, up), -1), dim=-1)
