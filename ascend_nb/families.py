@@ -79,8 +79,8 @@ def _rope(d, full): # `d`: what the file says; `full`: with the family's default
         r.setdefault("original_max_position_embeddings", full["max_position_embeddings"])
     r = {k: v for k, v in r.items() if k != "finetuned" and (k, v) != ("partial_rotary_factor", 1)}
     missing, odd = sorted(set(needed) - set(r)), sorted(set(r) - {*needed, *extra})
-    if missing or odd:
-        raise UserError("rope_keys", kind=kind, missing=", ".join(missing) or "none", odd=", ".join(odd) or "none", known=", ".join(needed + extra))
+    text = lambda keys: ", ".join(keys) or "none"
+    if missing or odd: raise UserError("rope_keys", kind=kind, missing=text(missing), odd=text(odd), known=text(needed + extra))
     return dict(rope_theta=theta, rope_scaling=None if kind == "default" else {"rope_type": kind, **r})
 
 messages(
