@@ -23,7 +23,8 @@ CASES = { # name -> (model_type, what differs from BASE)
     "llama-linear": ("llama", dict(rope_scaling=dict(rope_type="linear", factor=4.0))),
     "llama-dynamic": ("llama", dict(rope_scaling=dict(rope_type="dynamic", factor=4.0), max_position_embeddings=16)),
     "llama-yarn": ("llama", dict(rope_scaling=YARN)),
-    "llama-yarn-mscale": ("llama", dict(rope_scaling=dict(YARN, mscale=0.8, mscale_all_dim=0.5, beta_fast=16.0, beta_slow=2.0, truncate=False))),
+    "llama-yarn-mscale": ("llama", dict(max_position_embeddings=16384, rope_scaling=dict(
+        YARN, original_max_position_embeddings=4096, mscale=0.8, mscale_all_dim=0.5, beta_fast=16.0, beta_slow=2.0, truncate=False))),
     "llama-biases": ("llama", dict(attention_bias=True, mlp_bias=True)),
     "llama-head-dim": ("llama", dict(head_dim=24)),
     "mistral": ("mistral", dict(sliding_window=None)),
