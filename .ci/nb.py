@@ -112,7 +112,7 @@ def export(path):
         if "#| default_exp" in path.read_text(encoding="utf-8"): nb_export(path, LIB)
 
 
-def run(name, timeout=900):
+def run(name, timeout=3600):
     import nbformat
     from nbclient import NotebookClient
 

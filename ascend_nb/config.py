@@ -55,6 +55,8 @@ class ModelConfig(ShapeConfig):
         if isinstance(self.eos_token_id, int): self.eos_token_id = [self.eos_token_id]
         if self.num_attention_heads % self.num_key_value_heads:
             raise UserError("bad_heads", q=self.num_attention_heads, kv=self.num_key_value_heads)
+        if self.head_dim % 2 or ("head_dim" in self._reasons and self.hidden_size % self.num_attention_heads):
+            raise UserError("bad_head_dim", size=self.hidden_size / self.num_attention_heads if "head_dim" in self._reasons else self.head_dim)
 
     def _derive(self, name, value, why):
         if not getattr(self, name): setattr(self, name, value); self._reasons[name] = why
@@ -70,7 +72,9 @@ class ModelConfig(ShapeConfig):
         mlp = 3 * H * I + self.mlp_bias * (2 * I + H)
         return self.num_hidden_layers * (attn + mlp + 2 * H) + H + self.vocab_size * H * (1 if self.tie_word_embeddings else 2)
 
-messages(bad_heads=("Found {q} query heads and {kv} key/value heads; expected the first to be a multiple of the second. Change num_key_value_heads.",
+messages(bad_head_dim=("Found a head size of {size}; expected an even whole number, because rotary positions turn pairs. Change hidden_size or num_attention_heads.",
+                       "头大小为 {size}；应为偶数整数，因为旋转位置编码成对旋转。请修改 hidden_size 或 num_attention_heads。"),
+    bad_heads=("Found {q} query heads and {kv} key/value heads; expected the first to be a multiple of the second. Change num_key_value_heads.",
                     "查询头为 {q}，键值头为 {kv}；前者应为后者的整数倍。请修改 num_key_value_heads。"))
 
 # %% ../nbs/03_config.ipynb #55492ffa

@@ -14,7 +14,7 @@ from .checkpoint import RunDir
 from .config import ModelConfig, RunConfig
 from .core import UserError, check_space, messages, rank_info, say, seed_all
 from .datasets import Loader, build_datasets, collate_gpt, collate_sft
-from .families import check_length, check_vocab, config_from_hf
+from .families import check_length, check_vocab, config_from_hf, config_to_hf
 from .hf_format import load_model, save_model
 from .losses import causal_lm_loss
 from .model import Decoder
@@ -52,6 +52,7 @@ def resolve(
     model = _shape(cfg, tokenizer)
     if tokenizer is not None: check_vocab(model, tokenizer.vocab_size)
     check_length(model, cfg.data.seq_length)
+    config_to_hf(model) # a setting that no family can hold is told now, not when the finished model is saved
     return replace(cfg, model=model, data=replace(cfg.data, tokenizer_name_or_path=str(path))), tokenizer
 
 messages(
