@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NBS, LIB, TEXT = ROOT / "nbs", ROOT / "ascend_nb", ROOT / ".nbtext"
 KERNEL = {"display_name": "python3", "language": "python", "name": "python3"}
 NOISE = re.compile(r"^(.*(it/s|s/it)\]?.*|.*IProgress not found.*)\n?", re.M)
+PATHS = re.compile(r"/tmp/tmp\w{8}")  # another one at every run
 
 
 @contextmanager
@@ -97,6 +98,8 @@ def clean_output(out):
     "Drop what differs at every run and teaches nothing: widget models, progress lines, counters."
     data = out.get("data", {})
     data.pop("application/vnd.jupyter.widget-view+json", None)
+    for box, key in ((out, "text"), (data, "text/plain"), (data, "text/html")):
+        if isinstance(box.get(key), str): box[key] = PATHS.sub("/tmp/run", box[key].replace(str(ROOT), "."))
     if "execution_count" in out: out["execution_count"] = None
     if out.output_type == "stream":
         out.text = NOISE.sub("", re.sub(r"[^\n]*\r(?!\n)", "", out.text))
