@@ -121,8 +121,10 @@ def coerce(
     if v is None and t is not k.type: return None
     try:
         if k.is_list:
-            read = _READ.get(*typing.get_args(t), str)
-            return [read(x) for x in (v if isinstance(v, (list, tuple)) else [v])]
+            inner, = typing.get_args(t)
+            words = v if isinstance(v, (list, tuple)) else [v]
+            if inner in (int, float): words = [p for x in words for p in (x.split(",") if isinstance(x, str) else [x])] # 0.7,0.3 is two numbers
+            return [_READ.get(inner, str)(x) for x in words]
         v = _READ.get(t, lambda x: x)(v)
     except (ValueError, TypeError, OverflowError):
         raise UserError("bad_type", name=".".join((*k.path, k.name)), got=v, kind=getattr(t, "__name__", t), help=k.help) from None
