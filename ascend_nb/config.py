@@ -125,7 +125,7 @@ class PreprocessConfig(RowsConfig):
     log_interval: int = knob(1000, low=1, advanced=True) # documents between log lines when the output is a log file
 
 # %% ../nbs/03_config.ipynb #eb7adb44
-@dataclass
+@dataclass(kw_only=True)
 class DataConfig(RowsConfig):
     "What a run reads."
     data_path: list[str] = knob([]) # prefix of one .bin/.idx pair, or weight prefix weight prefix …; a raw file or folder may stand for a prefix

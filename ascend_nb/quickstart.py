@@ -53,9 +53,9 @@ def run_configs(
     out, tok = Path(cfg.out), str(samples_dir() / "tokenizer")
     same = dict(device=cfg.device, seed=cfg.seed, lr_warmup_fraction=.06, log_interval=5)
     return dict(
-        pretrain=RunConfig(ModelConfig(**SHAPE), DataConfig([str(out / "data/tales_text_document")], tok, split="100,0,0", seq_length=256),
+        pretrain=RunConfig(ModelConfig(**SHAPE), DataConfig(data_path=[str(out / "data/tales_text_document")], tokenizer_name_or_path=tok, split="100,0,0", seq_length=256),
             train=TrainConfig(save=str(out / "pretrain"), train_iters=cfg.pretrain_iters, micro_batch_size=8, lr=2e-3, min_lr=1e-4, **same)),
-        sft=RunConfig(ModelConfig(**SHAPE), DataConfig([str(out / "data/instruct")], tok, split="100,0,0", seq_length=256),
+        sft=RunConfig(ModelConfig(**SHAPE), DataConfig(data_path=[str(out / "data/instruct")], tokenizer_name_or_path=tok, split="100,0,0", seq_length=256),
             train=TrainConfig(stage="sft", load=str(out / "pretrain/hf"), save=str(out / "sft"), train_iters=cfg.sft_iters,
                               micro_batch_size=16, lr=5e-4, min_lr=5e-5, **same)))
 
