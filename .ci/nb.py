@@ -89,9 +89,19 @@ def clean(path):
         cell.metadata = {}
         if cell.cell_type != "code": continue
         cell.execution_count = None
-        cell.outputs = [o for o in map(clean_output, cell.outputs) if o]
+        cell.outputs = merged(o for o in map(clean_output, cell.outputs) if o)
     write(path, nb)
     tool("nbdev-clean", "--fname", path)
+
+
+def merged(outputs):
+    "Pieces of one stream as one output: how a text was flushed teaches nothing."
+    whole = []
+    for out in outputs:
+        last = whole[-1] if whole else {}
+        if out.output_type == "stream" and last.get("output_type") == "stream" and last.name == out.name: last.text += out.text
+        else: whole.append(out)
+    return whole
 
 
 def clean_output(out):
