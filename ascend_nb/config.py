@@ -96,6 +96,7 @@ class RowsConfig:
     mix_strategy: str = knob("concat", choices=("concat", "interleave_under", "interleave_over"), advanced=True) # several sources: one behind the other; drawn by turns until the first, or the last, runs out
     interleave_probs: list[float] = knob([], advanced=True) # chance of each source in a draw; empty: all alike
 
+# %% ../nbs/03_config.ipynb #a0655655
 @dataclass(kw_only=True)
 class PreprocessConfig(RowsConfig):
     "Raw files to Megatron's .bin/.idx. The flags are those of ModelLink's preprocess_data.py."

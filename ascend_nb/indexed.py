@@ -33,6 +33,10 @@ messages(
               "写入 {path} 时出现 token id {got}；{dtype} 只能存 {low} 到 {high}。请改用 dtype=int32，或检查分词器。"),
     bad_lengths=("Found lengths that add up to {got}; expected {want}, the number of tokens given. Pass the length of each sequence in tokens.",
                  "各序列长度之和为 {got}；应等于 token 总数 {want}。请传入每个序列的 token 数。"),
+    bad_documents=("Found documents of {got} sequences in all; expected {want}, the number of sequences given. Pass the sequences of each document.",
+                   "各文档的序列数之和为 {got}；应等于序列总数 {want}。请传入每个文档的序列数。"),
+    short_file=("Found {got} bytes in {path}; expected at least {want}. The file was cut off: copy it again or make the pair again.",
+                "{path} 只有 {got} 字节；至少应为 {want}。文件被截断：请重新复制或重新生成。"),
     no_sequences=("Found no sequence to write to {path}; expected at least one. Check that the input has rows and that no filter drops them all.",
                   "没有任何序列可写入 {path}；至少应有一个。请检查输入是否为空、是否全部被过滤掉。"),
     cannot_write=("Cannot write {path}: {why}; expected a folder with enough free room that you may write to. Nothing new was left under that name. "
@@ -56,23 +60,38 @@ def _writing(path):
     except OSError as e: raise UserError("cannot_write", path=path, why=e.strerror or e) from e
 
 # %% ../nbs/12_indexed.ipynb #f71d8c31
+_TAIL = 1 << 16 # numbers kept in memory before they go to their file
+
+class _Numbers:
+    "Numbers of one type that are appended to a file; the last few wait in memory."
+    def __init__(self, path, code): self.path, self.tail, self.n = path, array(code), 0
+    def rewind(self, n): self.file = open(self.path, "ab"); self.file.truncate(n * self.tail.itemsize); self.n, self.tail = n, array(self.tail.typecode) # noqa: SIM115
+    def append(self, x): self.tail.append(x); self.n += 1
+    def extend(self, xs: np.ndarray):
+        self.tail.frombytes(xs.astype(self.tail.typecode, copy=False).tobytes()); self.n += len(xs)
+        if len(self.tail) > _TAIL: self.flush()
+    def flush(self): self.file.write(self.tail.tobytes()); self.file.flush(); del self.tail[:]
+
 class IndexedWriter:
     "Write `PREFIX.bin` and `PREFIX.idx`. As a context manager: both files appear when the block ends well, none when it does not."
     def __init__(self,
         prefix, # path and name of the pair, without .bin; its folder is made if absent
-        dtype=np.int32 # an integer type of `DTYPES`; ModelLink writes int32
+        dtype=np.int32, # an integer type of `DTYPES`; ModelLink writes int32
+        work=None, # folder that outlives a kill; none: a hidden one beside the target, which goes with the writer
+        mark: dict | None = None # with `work`: what `mark` gave before the kill, to go on from there; none: from the start
     ):
         codes = {np.dtype(t).name: c for c, t in DTYPES.items() if np.issubdtype(t, np.integer)}
-        self.prefix, self.dtype = Path(prefix), np.dtype(dtype).type
+        self.prefix, self.dtype, self.keep = Path(prefix), np.dtype(dtype).type, work is not None
         self.code = codes[one_of("dtype", np.dtype(dtype).name, codes)]
-        self._lengths, self._bounds = array("i"), array("q", [0])
-        self.num_tokens, self.finished, self.committed = 0, False, False
+        self.finished, self.committed = False, False
         with _writing(self.prefix):
             self.prefix.parent.mkdir(parents=True, exist_ok=True)
-            self.tmp = Path(tempfile.mkdtemp(prefix=f".{self.prefix.name}.tmp-", dir=self.prefix.parent))
-            self._bin = open(self.tmp / "new.bin", "wb", buffering=1 << 20) # noqa: SIM115 - closed by finish or discard
+            self.tmp = Path(work or tempfile.mkdtemp(prefix=f".{self.prefix.name}.tmp-", dir=self.prefix.parent))
+            self.tmp.mkdir(parents=True, exist_ok=True)
+        self._lengths, self._bounds = _Numbers(self.tmp / "lengths", "i"), _Numbers(self.tmp / "bounds", "q")
+        self.rewind(mark)
 
-    def __len__(self): return len(self._lengths)
+    def __len__(self): return self._lengths.n
     def path(self,
         ext: str # ".bin" or ".idx"
     ) -> Path: return Path(f"{self.prefix}{ext}") # its final name
@@ -81,55 +100,107 @@ class IndexedWriter:
         ids # token ids of one sequence: a list or a one-dimensional array
     ) -> None:
         "Append a sequence to the document that is open. Raises UserError for an id that `dtype` cannot hold, or a full disk."
-        self._put(_pack(ids, self.dtype, self.prefix), [len(ids)])
+        self._put(_pack(ids, self.dtype, self.prefix), np.array([len(ids)], np.int32))
 
-    def end_document(self) -> None:
-        "Close the document: the next sequence begins another one."
-        self._bounds.append(len(self))
+# %% ../nbs/12_indexed.ipynb #728f7c1a
+@patch
+def end_document(self: IndexedWriter) -> None:
+    "Close the document: the next sequence begins another one."
+    self._bounds.append(len(self)); self._open = False
 
-    def _put(self, flat, lengths):
-        with _writing(self.prefix): self._bin.write(flat.data)
-        self._lengths.extend(lengths); self.num_tokens += len(flat)
+@patch
+def _put(self: IndexedWriter, flat, lengths):
+    with _writing(self.prefix):
+        self._bin.write(flat.data)
+        self._lengths.extend(lengths)
+    self.num_tokens += len(flat); self._open = self._open or len(lengths) > 0
 
 # %% ../nbs/12_indexed.ipynb #0fa551b8
 @patch
 def add_many(self: IndexedWriter,
     ids, # a list of sequences, or all their tokens in one flat array
-    lengths=None # with a flat array: tokens of each sequence
+    lengths=None, # with a flat array: tokens of each sequence
+    documents=None # sequences of each document; none: each sequence is one
 ) -> None:
-    "Append many sequences, each one a document. Raises UserError where the lengths do not add up to the number of tokens."
+    "Append many sequences as whole documents. Raises UserError where the lengths do not add up to the number of tokens."
     if lengths is None:
         lengths = [len(s) for s in ids]
         arrays = len(ids) and all(isinstance(s, np.ndarray) for s in ids)
         ids = np.concatenate(ids) if arrays else np.fromiter(chain.from_iterable(ids), np.int64, sum(lengths))
     lengths = np.asarray(lengths, np.int32)
-    if lengths.sum(dtype=np.int64) != len(ids): raise UserError("bad_lengths", got=int(lengths.sum(dtype=np.int64)), want=len(ids))
-    if self._bounds[-1] != len(self): self.end_document()
-    first = len(self) + 1
-    self._put(_pack(ids, self.dtype, self.prefix), array("i", lengths.tobytes()))
-    self._bounds.frombytes(np.arange(first, first + len(lengths), dtype=np.int64).tobytes())
+    if (got := lengths.sum(dtype=np.int64)) != len(ids): raise UserError("bad_lengths", got=int(got), want=len(ids))
+    if self._open: self.end_document()
+    ends = np.arange(1, len(lengths) + 1) if documents is None else np.cumsum(documents, dtype=np.int64)
+    if len(ends) and ends[-1] != len(lengths): raise UserError("bad_documents", got=int(ends[-1]), want=len(lengths))
+    first = len(self)
+    self._put(_pack(ids, self.dtype, self.prefix), lengths)
+    with _writing(self.prefix): self._bounds.extend(first + ends)
+    self._open = False
+
+# %% ../nbs/12_indexed.ipynb #88a0e87f
+@patch
+def mark(self: IndexedWriter,
+    sync: bool = True # wait until the disk has it, for the case that the machine stops; a killed process alone needs no waiting
+) -> dict: # sequences, boundaries, tokens, and whether a document is open
+    "How far the files are whole."
+    with _writing(self.prefix):
+        self._bin.flush(); self._lengths.flush(); self._bounds.flush()
+        if sync: self.sync()
+    return dict(sequences=len(self), bounds=self._bounds.n, tokens=self.num_tokens, open=self._open)
+
+@patch
+def sync(self: IndexedWriter) -> None:
+    "Wait until the disk has what was flushed."
+    for f in (self._bin, self._lengths.file, self._bounds.file): os.fsync(f.fileno())
+
+@patch
+def rewind(self: IndexedWriter,
+    mark: dict | None = None # from `mark`; none: to the very beginning
+) -> None:
+    "Cut the files back to a mark and go on from there. Raises UserError where they are shorter than the mark says."
+    m, item = mark or dict(sequences=0, bounds=0, tokens=0, open=False), np.dtype(self.dtype).itemsize
+    want = {"new.bin": m["tokens"] * item, "lengths": m["sequences"] * 4, "bounds": m["bounds"] * 8}
+    self.close()
+    for name, size in want.items():
+        have = (self.tmp / name).stat().st_size if (self.tmp / name).is_file() else 0
+        if have < size: raise UserError("short_file", path=self.tmp / name, got=have, want=size)
+    with _writing(self.prefix):
+        self._lengths.rewind(m["sequences"]); self._bounds.rewind(m["bounds"])
+        self._bin = open(self.tmp / "new.bin", "ab", buffering=1 << 20) # noqa: SIM115 - closed by finish, close or discard
+        self._bin.truncate(want["new.bin"])
+    self.num_tokens, self._open = m["tokens"], m["open"]
+    if not m["bounds"]: self._bounds.append(0)
+
+@patch
+def close(self: IndexedWriter) -> None:
+    "Close the files and leave them where they are."
+    for f in (getattr(self, "_bin", None), *(getattr(x, "file", None) for x in (self._lengths, self._bounds))):
+        with suppress(OSError): f and f.close() # on a full disk closing fails once more
 
 # %% ../nbs/12_indexed.ipynb #09f63d8c
 @patch
 def finish(self: IndexedWriter) -> None:
-    "Complete both files in the hidden folder; a document that is still open is closed. Raises UserError where nothing was added."
+    "Complete both files in the work folder; a document that is still open is closed. Raises UserError where nothing was added."
     if self.finished: return
     if not len(self): raise UserError("no_sequences", path=self.prefix)
-    if self._bounds[-1] != len(self): self.end_document()
-    lengths, bounds = np.frombuffer(self._lengths, np.int32), np.frombuffer(self._bounds, np.int64)
-    starts = np.zeros(len(lengths), np.int64)
-    np.cumsum(lengths[:-1], dtype=np.int64, out=starts[1:])
-    head = _HEAD.pack(MAGIC, 1, self.code, len(lengths), len(bounds))
-    with _writing(self.prefix), open(self.tmp / "new.idx", "wb") as idx:
-        for part in (head, lengths.data, (starts * np.dtype(self.dtype).itemsize).data, bounds.data): idx.write(part)
+    if self._open: self.end_document()
+    m, item, start = self.mark(sync=False), np.dtype(self.dtype).itemsize, np.int64(0)
+    with _writing(self.prefix), open(self.tmp / "new.idx", "wb") as idx, open(self.tmp / "lengths", "rb") as lengths, open(self.tmp / "bounds", "rb") as bounds:
+        idx.write(_HEAD.pack(MAGIC, 1, self.code, m["sequences"], m["bounds"]))
+        shutil.copyfileobj(lengths, idx)
+        lengths.seek(0)
+        while len(some := np.fromfile(lengths, np.int32, _TAIL)):
+            ends = start + np.cumsum(some, dtype=np.int64)
+            idx.write(((ends - some) * item).data); start = ends[-1]
+        shutil.copyfileobj(bounds, idx)
         for f in (self._bin, idx): f.flush(); os.fsync(f.fileno())
-        self._bin.close()
+    self.close()
     self.finished = True
 
 @patch
 def discard(self: IndexedWriter) -> None:
     "Forget what was written; nothing under the final names is touched. After `commit` it does nothing."
-    with suppress(OSError): self._bin.close() # on a full disk closing fails once more
+    self.close()
     shutil.rmtree(self.tmp, ignore_errors=True)
 
 # %% ../nbs/12_indexed.ipynb #73057754
@@ -165,7 +236,7 @@ def __enter__(self: IndexedWriter): return self
 def __exit__(self: IndexedWriter, kind, *exc):
     try:
         if kind is None: self.commit()
-    finally: self.discard()
+    finally: self.close() if self.keep and not self.committed else self.discard()
 
 # %% ../nbs/12_indexed.ipynb #d0931b23
 @contextmanager
@@ -189,8 +260,6 @@ messages(
                "{path} 开头是 {got}；应为 {want}：这不是 Megatron 索引。请用 `ascend_nb preprocess` 重新生成。"),
     bad_idx=("Found {got} in {path}; expected {want}. The index is damaged or of another version: make the pair again or copy it again.",
              "{path} 中为 {got}；应为 {want}。索引已损坏或版本不符：请重新生成或重新复制这对文件。"),
-    short_file=("Found {got} bytes in {path}; expected at least {want}. The file was cut off: copy it again or make the pair again.",
-                "{path} 只有 {got} 字节；至少应为 {want}。文件被截断：请重新复制或重新生成。"),
 )
 
 def pairs_like(

@@ -9,15 +9,16 @@ __all__ = ['FREE', 'resolve', 'loaders', 'changed', 'find_resume', 'Job', 'build
 import json as jsonlib, signal
 from dataclasses import dataclass, replace
 from pathlib import Path
+from .blends import Loader, build_datasets, collate_for
 from .callbacks import usual
 from .checkpoint import RunDir
 from .config import ModelConfig, RunConfig
 from .core import UserError, check_space, messages, rank_info, say, seed_all
-from .datasets import Loader, build_datasets, collate_gpt, collate_sft
 from .families import check_length, check_vocab, config_from_hf, config_to_hf
 from .hf_format import load_model, save_model
 from .losses import causal_lm_loss
 from .model import Decoder
+from .prepared import prepared
 from .schema import load_yaml, save_yaml, to_dict
 from .tokenizers import load_tokenizer
 from .trainer import Trainer
@@ -46,7 +47,7 @@ def resolve(
 ) -> tuple: # (RunConfig with nothing left open, tokenizer or None)
     "Check a config against itself, its tokenizer and its model. Raises UserError; writes nothing."
     _only_one_process(cfg)
-    if not cfg.data.data_path: raise UserError("no_data_path")
+    if not (cfg.data.data_path or cfg.data.train_data_path): raise UserError("no_data_path")
     path = cfg.data.tokenizer_name_or_path or cfg.train.load
     tokenizer = load_tokenizer(path) if path else None
     model = _shape(cfg, tokenizer)
@@ -62,31 +63,32 @@ messages(
                  "{load} 中的模型与 model 部分的设置不同：{asked}。请去掉这些设置；若要训练新模型，请去掉 load。"),
     no_vocab=("Found neither a tokenizer nor a vocab_size; expected one of them. Pass --tokenizer-name-or-path DIR.",
               "既没有分词器也没有 vocab_size；至少需要其一。请传入 --tokenizer-name-or-path DIR。"),
-    no_data_path=("Found no data_path; expected the prefix of a .bin/.idx pair. Make one with `ascend_nb preprocess` and pass --data-path PREFIX.",
-             "缺少 data_path；应为一对 .bin/.idx 文件的前缀。请先运行 `ascend_nb preprocess`，再传入 --data-path PREFIX。"),
+    no_data_path=("Found no data_path; expected a raw file, or the prefix of a .bin/.idx pair that `ascend_nb preprocess` wrote. Pass --data-path PATH.",
+             "缺少 data_path；应为原始文件，或 `ascend_nb preprocess` 生成的 .bin/.idx 文件的前缀。请传入 --data-path PATH。"),
 )
 
 # %% ../nbs/43_training.ipynb #1c7d54a7
 def loaders(
     cfg: RunConfig, # resolved
-    tokenizer=None # for the padding of instruction samples
+    tokenizer=None # for the end-of-text token; None: the model's
 ) -> dict: # "train" and perhaps "valid" -> Loader
     "The loaders of a run. Raises UserError for data that is not there, of another stage, too short, or outside the vocabulary."
-    t, d = cfg.train, cfg.data
-    want = dict(train=t.train_iters * t.micro_batch_size * t.accumulation(), valid=t.eval_iters * t.micro_batch_size if t.eval_interval else 0)
-    sets = build_datasets(d, t.stage, want, t.seed, cfg.model.vocab_size)
+    t, d, rank = cfg.train, cfg.data, rank_info()
+    world = cfg.parallel.data_parallel_size(rank.world_size)
+    want = dict(train=t.train_iters * t.micro_batch_size * world * t.accumulation(world), valid=t.eval_iters * t.micro_batch_size * world if t.eval_interval else 0)
+    eod = tokenizer.eos_token_id if tokenizer is not None else next(iter(cfg.model.eos_token_id), None)
+    sets = build_datasets(prepared(d, t.stage), t.stage, want, t.seed, cfg.model.vocab_size, eod)
     for name, n in want.items():
         if n and name not in sets: raise UserError("no_split", name=name, split=d.split)
     pad = [i for i in (cfg.model.pad_token_id, *cfg.model.eos_token_id, 0) if i is not None][0]
-    collate = collate_gpt if t.stage == "pretrain" else collate_sft(pad, d.pad_to_multiple_of, None if d.variable_seq_lengths else d.seq_length)
-    return {name: Loader(s, t.micro_batch_size, collate) for name, s in sets.items()}
+    return {name: Loader(s, t.micro_batch_size, collate_for(d, t.stage, pad), rank=rank.rank, world=world) for name, s in sets.items()}
 
 messages(no_split=("Found no {name} samples with split={split}; expected some. Give that part of split (training,validation,test) more, or set eval_interval=0.",
                    "split={split} 下没有 {name} 样本。请增大 split（训练,验证,测试）中对应的部分，或设 eval_interval=0。"))
 
 # %% ../nbs/43_training.ipynb #262ea8bc
 FREE = {f"train.{k}" for k in "save resume device log_interval eval_interval eval_iters save_interval keep_last micro_batch_size global_batch_size".split()}
-FREE |= {"data.data_cache_path", "data.tokenizer_name_or_path"} # may change between the parts of one run
+FREE |= {"data.data_cache_path", "data.no_shared_storage", "data.tokenizer_name_or_path"} # may change between the parts of one run
 
 def _flat(cfg: RunConfig) -> dict:
     flat = {f"{s}.{k}": v for s, part in to_dict(cfg).items() for k, v in part.items()}
@@ -161,7 +163,7 @@ def describe(
     tokens = f", up to {seen * d.seq_length:,} tokens" if t.stage == "sft" else f", {seen * d.seq_length:,} tokens"
     return [f"device    {tr.device_choice}", f"dtype     {tr.dtype_choice}",
             f"model     {m.model_type}, {m.num_params():,} parameters, {'from ' + t.load if t.load else f'new weights, seed {t.seed}'}",
-            f"data      {' '.join(d.data_path)}: {samples:,} samples of {'at most ' if t.stage == 'sft' else ''}{d.seq_length} tokens",
+            f"data      {' '.join(d.data_path or d.train_data_path)}: {samples:,} samples of {'at most ' if t.stage == 'sft' else ''}{d.seq_length} tokens",
             f"step      {t.micro_batch_size} samples x {tr.accumulation} micro-batches = {t.micro_batch_size * tr.accumulation}",
             f"length    {t.train_iters} steps, {seen:,} samples{tokens}; lr {t.lr:g}, {t.lr_decay_style}",
             f"run       {job.run.path}" + (f", going on from step {job.begin}" if job.begin else "")]

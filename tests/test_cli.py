@@ -36,20 +36,55 @@ def test_start_is_quick():
 def test_overview_names_every_command():
     from ascend_nb.cli import COMMANDS
     out = ascend("--help")
-    assert out.returncode == 0 and all(c in out.stdout for c in COMMANDS)
+    assert out.returncode == 0 and all(c.split()[0] in out.stdout for c in COMMANDS)
+    assert out.stdout.count("\n  data ") == 1, "a group is one line"
 
 
-@pytest.mark.parametrize("name", ["quickstart", "doctor", "fetch", "preprocess", "train", "generate", "chat", "evaluate"])
+@pytest.mark.parametrize("args", [["data"], ["data", "--help"], ["data", "-h"], ["data", "help"]])
+def test_a_group_lists_its_commands(args):
+    from ascend_nb.cli import COMMANDS
+    out, words = ascend(*args), [c.split()[1] for c in COMMANDS if c.startswith("data ")]
+    assert out.returncode == 0 and words == ["sniff", "show", "report"] and all(f"\n  {w} " in out.stdout for w in words)
+    assert "train" not in out.stdout.split("\n\n")[1]
+
+
+COMMAND_NAMES = ["quickstart", "doctor", "fetch", "preprocess", "data sniff", "data show", "data report", "train", "generate", "chat", "evaluate"]
+
+
+@pytest.mark.parametrize("name", COMMAND_NAMES)
 def test_every_command_has_help_and_a_run(name):
     import importlib
 
     from ascend_nb.cli import COMMANDS
-    assert callable(importlib.import_module(f"ascend_nb.{COMMANDS[name].module}").run)
-    assert "--config FILE.yaml" in ascend(name, "--help").stdout
+    assert [*COMMANDS] == COMMAND_NAMES
+    assert callable(getattr(importlib.import_module(f"ascend_nb.{COMMANDS[name].module}"), COMMANDS[name].run))
+    out = ascend(*name.split(), "--help").stdout
+    assert "--config FILE.yaml" in out and out.startswith(f"usage: ascend_nb {name} ")
+
+
+def test_two_words_take_the_same_switches(tmp_path):
+    "--print-config and --config, --json and exit codes work behind two words as behind one."
+    out = ascend("data", "sniff", "some.json", "--rows", "7", "--print-config")
+    assert out.returncode == 0 and "rows: 7" in out.stdout and "path: some.json" in out.stdout
+    (tmp_path / "sniff.yaml").write_text(out.stdout, encoding="utf-8")
+    (tmp_path / "some.json").write_text('[{"text": "one"}, {"text": "two"}]', encoding="utf-8")
+    out = ascend("data", "sniff", "--config", "sniff.yaml", "--json", cwd=tmp_path)
+    assert out.returncode == 0 and json.loads(out.stdout)["rows"] == 2
+    (tmp_path / "some.json").write_text('[{"text": "one"}, {"text": 2}]', encoding="utf-8")
+    out = ascend("data", "sniff", "--config", "sniff.yaml", "--json", cwd=tmp_path)
+    assert out.returncode == 2 and json.loads(out.stdout)["bad"] == 1, "a bad row is something to mend"
 
 
 @pytest.mark.parametrize("args,words", [
     (["evalute"], "Did you mean evaluate"),
+    (["data", "snif", "x.json"], "Did you mean data sniff"),
+    (["data", "xyz"], "expected one of: data sniff, data show, data report."),
+    (["sniff", "x.json"], "Did you mean data sniff"),
+    (["dta", "sniff"], "Did you mean data"),
+    (["data", "sniff", "x.json", "--tokeniser-name-or-path", "y"], "Did you mean --tokenizer-name-or-path"),
+    (["data", "sniff"], "Found no path"),
+    (["data", "sniff", "no_such.json"], "no_such.json"),
+    (["data", "report", "no_such"], "no_such"),
     (["train", "--train-itres", "3"], "Did you mean --train-iters"),
     (["train", "--lr", "fast"], "expected a float"),
     (["train", "--config", "no_such.yaml"], "no_such.yaml"),

@@ -1,86 +1,30 @@
-"""Samples, their order and their blend: against Megatron-LM itself, against slow loops, and on real files."""
+"""Samples, their order and the loader: against Megatron-LM itself, against slow loops, and on real files."""
 import hashlib
-import importlib
+import itertools
 import json
 import os
-import time
+import shutil
+import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from worlds import JOIN, free_port, world
 
-from ascend_nb.config import DataConfig
+from ascend_nb.blends import build_datasets
+from ascend_nb.config import DataConfig, ModelConfig
 from ascend_nb.core import UserError
-from ascend_nb.datasets import (
-    FIELDS,
-    BlendedDataset,
-    GPTDataset,
-    Loader,
-    SFTDataset,
-    build_datasets,
-    collate_gpt,
-    collate_sft,
-    parse_blend,
-)
-from ascend_nb.indexed import IndexedReader, IndexedWriter, write_together
-from ascend_nb.sample_index import SPLITS, blend_step, epoch_order, gpt_index, plan_epochs, split_bounds
+from ascend_nb.datasets import Batch, GPTDataset, Loader, Marks, collate_gpt
+from ascend_nb.indexed import IndexedReader, IndexedWriter
+from ascend_nb.losses import causal_lm_loss
+from ascend_nb.model import Decoder
+from ascend_nb.sample_index import SPLITS, content_key, gpt_index, plan_epochs, split_bounds
 
-MCORE = "megatron-core is absent: pip install --no-deps --target DIR megatron-core==0.6.0, then put DIR on PYTHONPATH"
-
-
-@pytest.fixture(scope="module")
-def gpt(): return pytest.importorskip("megatron.core.datasets.gpt_dataset", reason=MCORE)
-
-
-@pytest.fixture(scope="module")
-def helpers(gpt):
-    "The compiled helper: `helpers` in 0.6, `helpers_cpp` later."
-    core = "megatron.core.datasets."
-    try: return importlib.import_module(core + "helpers_cpp")
-    except ImportError: return importlib.import_module(core + "helpers")
-
-
-@pytest.fixture(scope="module")
-def web(shared_data): return str(shared_data / "megatron" / "meg-gpt2-openwebtext_text_document")
-
-
-@pytest.fixture
-def numbers(tmp_path):
-    "Documents of 1 to 30 tokens, some of them empty; token 100·d + t is token t of document d."
-    rng = np.random.default_rng(0)
-    lengths = np.where(rng.random(60) < .1, 0, rng.integers(1, 30, 60)).astype(np.int32)
-    with IndexedWriter(tmp_path / "numbers_text_document") as w: w.add_many([np.arange(100 * d, 100 * d + n) for d, n in enumerate(lengths)])
-    return str(tmp_path / "numbers_text_document")
-
-
-def write_sft(prefix, rows):
-    "Rows of (question tokens, answer tokens)."
-    ids = [np.arange(1, q + a + 1) for q, a in rows]
-    with write_together(*(f"{prefix}_packed_{f}_document" for f in FIELDS)) as (i, m, lab):
-        i.add_many(ids); m.add_many([np.ones_like(x) for x in ids])
-        lab.add_many([np.where(x <= q, -100, x) for x, (q, _) in zip(ids, rows, strict=True)])
-    return str(prefix)
-
+pytest_plugins = ("fixtures_megatron", "fixtures_tokens")
 
 # Megatron-LM itself -------------------------------------------------------------------------------
-
-class Tokenizer:
-    "What Megatron's data set asks of a tokenizer."
-    eod, vocab_size, unique_identifiers = 0, 50_257, {}
-    def __init__(self): self.pad = -1
-
-
-def megatron(gpt, prefixes, weights, split, seq_length, sizes, seed, cache):
-    "The data sets of Megatron core 0.6 or later: a blend was a flat list at first, then a pair of lists."
-    from importlib.metadata import version
-
-    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-    flat = [str(x) for pair in zip(weights, prefixes, strict=True) for x in pair] if weights else prefixes
-    cfg = gpt.GPTDatasetConfig(random_seed=seed, sequence_length=seq_length, split=split, path_to_cache=cache and str(cache), tokenizer=Tokenizer(),
-                               blend=flat if version("megatron-core").startswith("0.6") else (prefixes, weights),
-                               reset_position_ids=False, reset_attention_mask=False, eod_mask_loss=False, create_attention_mask=False)
-    return BlendedMegatronDatasetBuilder(gpt.GPTDataset, sizes, lambda: True, cfg).build()
-
 
 ARRAYS = ("document_index", "sample_index", "shuffle_index")
 
@@ -103,7 +47,7 @@ CASES = [
 
 
 def ours_for(web, seq_length, sizes, seed, split):
-    return build_datasets(DataConfig([web], split=split, seq_length=seq_length), "pretrain", dict(zip(SPLITS, sizes, strict=True)), seed, 50_257)
+    return build_datasets(DataConfig(data_path=[web], split=split, seq_length=seq_length), "pretrain", dict(zip(SPLITS, sizes, strict=True)), seed, 50_257)
 
 
 @pytest.mark.parametrize("seq_length, sizes, seed, split, digests", CASES)
@@ -114,8 +58,8 @@ def test_the_three_arrays_are_those_that_megatron_made(web, seq_length, sizes, s
 
 
 @pytest.mark.parametrize("seq_length, sizes, seed, split, digests", CASES)
-def test_the_three_arrays_and_the_samples_are_megatrons(gpt, web, tmp_path, seq_length, sizes, seed, split, digests):
-    theirs = dict(zip(SPLITS, megatron(gpt, [web], None, split, seq_length, sizes, seed, tmp_path), strict=True))
+def test_the_three_arrays_and_the_samples_are_megatrons(megatron, web, tmp_path, seq_length, sizes, seed, split, digests):
+    theirs = dict(zip(SPLITS, megatron([web], None, split, seq_length, sizes, seed, tmp_path), strict=True))
     ours = ours_for(web, seq_length, sizes, seed, split)
     assert list(ours) == [k for k, n in zip(SPLITS, sizes, strict=True) if theirs[k] is not None and n]
     assert " ".join(digest(theirs[k]) for k in ours) == digests
@@ -133,29 +77,6 @@ def test_both_rules_of_the_last_epoch_are_covered(web):
     r = IndexedReader(web)
     plans = [plan_epochs(int(r.lengths[slice(*split_bounds(split, len(r))["train"])].sum()), sizes[0], S) for S, sizes, _, split, _ in CASES]
     assert any(e > 1 and first for e, first in plans) and any(e > 1 and first is None for e, first in plans)
-
-
-@pytest.mark.parametrize("weights", [[.7, .3], [.5, .3, .2], [1 / 3] * 3, [.1] * 10, [1.0], [.999, .001], [.25, .25, .5]])
-def test_the_blend_is_megatrons(helpers, weights):
-    n = 20_000
-    w = np.array(weights) / np.sum(weights)
-    which, nth = np.zeros(n, np.int16), np.zeros(n, np.int64)
-    helpers.build_blending_indices(which, nth, w, len(w), n, False)
-    used, ours = [0] * len(w), []
-    for start, k in ((0, 1), (1, 4999), (5000, 15_000)): ours.append(blend_step(w.tolist(), used, start, k))
-    assert np.array_equal(which, np.concatenate([a for a, _ in ours])) and np.array_equal(nth, np.concatenate([b for _, b in ours]))
-
-
-def test_a_blended_run_reads_what_megatron_reads(gpt, web, tmp_path):
-    "Two sources: the same tokens, sample after sample, and in 0.6, whose margin this is, as many."
-    r = IndexedReader(web)
-    for name, part in (("a", r[:300]), ("b", r[300:])):
-        with IndexedWriter(tmp_path / name, np.uint16) as w: w.add_many(part)
-    a, b = str(tmp_path / "a"), str(tmp_path / "b")
-    theirs, *_ = megatron(gpt, [a, b], [.3, .7], "100,0,0", 256, (1000, 0, 0), 5, None)
-    ours = build_datasets(DataConfig([".3", a, ".7", b], split="100,0,0", seq_length=256), "pretrain", dict(train=1000), 5)["train"]
-    assert len(theirs) <= len(ours) <= len(theirs) + 6
-    for i in range(0, len(theirs), 7): assert np.array_equal(ours[i].ids, theirs[i]["tokens"])
 
 
 # Slow oracles: the same from the description alone -------------------------------------------------
@@ -227,97 +148,134 @@ def test_no_overflow_beyond_32_bits():
 
 # The index on disk --------------------------------------------------------------------------------
 
+def keys(folder): return {f.name[:32] for f in folder.glob("*-description.txt")}
+
+
 def test_cache_is_used_and_never_stale(numbers, tmp_path):
-    def make(seed=1, n=50): return GPTDataset(IndexedReader(numbers), 8, n, seed, cache=str(tmp_path / "cache"))
-    a, b = make(), make()
-    assert isinstance(b.sample_index, np.memmap) and not isinstance(a.sample_index, np.memmap)
-    assert all(np.array_equal(getattr(a, k), getattr(b, k)) for k in ("document_index", "sample_index", "shuffle_index"))
-    assert not isinstance(make(seed=2).sample_index, np.memmap)
-    assert np.array_equal(a[3].ids, b[3].ids)
-    time.sleep(.01)
-    with IndexedWriter(numbers) as w: w.add_many(list(reversed(IndexedReader(numbers)[:])))
-    assert not isinstance(make().sample_index, np.memmap), "the file changed"
+    cache = tmp_path / "cache"
+    def make(seed=1, n=50): return GPTDataset(IndexedReader(numbers), 8, n, seed, cache=str(cache))
+    a = make()
+    written = {f: f.stat().st_mtime_ns for f in cache.iterdir()}
+    b = make()
+    assert isinstance(b.sample_index, np.memmap) and written == {f: f.stat().st_mtime_ns for f in cache.iterdir()}
+    plain = GPTDataset(IndexedReader(numbers), 8, 50, 1)
+    for k in ARRAYS: assert np.array_equal(getattr(a, k), getattr(plain, k)) and np.array_equal(getattr(b, k), getattr(plain, k))
+    make(seed=2)
+    assert len(keys(cache)) == 2
+    times = os.stat(f"{numbers}.idx"), os.stat(f"{numbers}.bin")
+    sequences = list(IndexedReader(numbers)[:])
+    with IndexedWriter(numbers) as w: w.add_many(sequences[::-1])
+    for ext, t in zip((".idx", ".bin"), times, strict=True): os.utime(numbers + ext, ns=(t.st_atime_ns, t.st_mtime_ns))
+    assert os.stat(f"{numbers}.idx").st_size == times[0].st_size and os.stat(f"{numbers}.idx").st_mtime_ns == times[0].st_mtime_ns
+    c = make()
+    assert len(keys(cache)) == 3, "another order of the same sequences, under the same name, size and time"
+    fresh = GPTDataset(IndexedReader(numbers), 8, 50, 1)
+    assert all(np.array_equal(c[i].ids, fresh[i].ids) for i in range(len(fresh)))
+
+
+def test_a_file_that_was_moved_keeps_its_index(numbers, tmp_path):
+    GPTDataset(IndexedReader(numbers), 8, cache=str(tmp_path / "cache"))
+    for ext in (".bin", ".idx"): shutil.copy(numbers + ext, tmp_path / f"moved{ext}")
+    GPTDataset(IndexedReader(tmp_path / "moved"), 8, cache=str(tmp_path / "cache"))
+    assert len(keys(tmp_path / "cache")) == 1 and content_key(numbers) == content_key(tmp_path / "moved")
+
+
+def test_a_cache_folder_that_may_only_be_read(numbers, tmp_path):
+    "A finished cache is used where nothing can be written; where something must be written, the sentence says so."
+    cache = tmp_path / "cache"
+    good = GPTDataset(IndexedReader(numbers), 8, cache=str(cache))
+    (cache / ".lock").unlink(); (cache / ".lock").mkdir() # root may write anywhere, but not into this
+    assert np.array_equal(GPTDataset(IndexedReader(numbers), 8, cache=str(cache)).sample_index, good.sample_index)
+    with pytest.raises(UserError, match="Choose another data_cache_path"): GPTDataset(IndexedReader(numbers), 8, seed=9, cache=str(cache))
 
 
 def test_a_damaged_cache_is_made_anew(numbers, tmp_path):
     def make(): return GPTDataset(IndexedReader(numbers), 8, cache=str(tmp_path / "cache"))
-    good = make()
-    for f in (tmp_path / "cache").glob("*.npy"): os.truncate(f, 100)
-    assert np.array_equal(make().sample_index, good.sample_index)
+    good = np.array(make().sample_index)
+    for damage in (100, 0, -8):
+        for f in (tmp_path / "cache").glob("*.npy"): os.truncate(f, damage if damage >= 0 else f.stat().st_size + damage)
+        assert np.array_equal(make().sample_index, good)
+    for f in (tmp_path / "cache").glob("*sample_index.npy"): np.save(f, good[:-1])
+    assert np.array_equal(make().sample_index, good), "another shape than the description says"
     assert isinstance(make().sample_index, np.memmap)
 
 
-# Instructions -------------------------------------------------------------------------------------
+# Where one text ends ------------------------------------------------------------------------------
 
-def test_sft_samples(tmp_path):
-    prefix = write_sft(tmp_path / "x", [(3, 2), (2, 5), (1, 1)])
-    ds = SFTDataset(prefix, 100)
-    by_length = {len(s.ids): s for s in (ds[i] for i in range(3))}
-    assert by_length[5].ids.tolist() == [1, 2, 3, 4, 5] and by_length[5].labels.tolist() == [-100, -100, 4, 5, -100]
-    assert by_length[2].labels.tolist() == [2, -100]
-    cut = SFTDataset(prefix, 4)
-    assert {tuple(cut[i].labels.tolist()) for i in range(3)} == {(-100, -100, 4, -100), (-100, 3, 4, -100), (2, -100)}
+FLAGS = [tuple(map(bool, f)) for f in itertools.product((0, 1), repeat=3)]
 
 
-def test_sft_order_is_epoch_by_epoch(tmp_path):
-    prefix = write_sft(tmp_path / "x", [(2, 3)] * 20)
-    rng = np.random.RandomState(9)
-    want = [rng.permutation(range(4, 15)) for _ in range(3)]
-    assert np.array_equal(SFTDataset(prefix, 16, 25, 9, (4, 15)).index, np.concatenate(want))
-    assert len(epoch_order((0, 10), [], None, 1)) == 10
+@pytest.mark.parametrize("flags", FLAGS)
+def test_positions_masks_and_losses_are_megatrons(gpt, web, flags):
+    "Megatron's own function on real samples and on made ones, with the token first, last and twice in a row."
+    real = GPTDataset(IndexedReader(web), 1024)
+    rows = [real.tokens(i) for i in range(12)] + [np.array(r) for r in ([0, 5, 0, 0, 3, 4, 0], [5, 5, 5, 5], [0, 0, 0, 0], [1, 2, 3, 0, 9])]
+    for row, eod in [(r, 4999 if len(r) > 99 else 0) for r in rows]:
+        sample = Marks(eod, *flags).sample(row)
+        mask, loss, pos = gpt._get_ltor_masks_and_position_ids(torch.from_numpy(row[:-1]), eod, *flags, True)
+        n = len(row) - 1
+        which = np.searchsorted(sample.ends, np.arange(n), side="right") if sample.ends is not None else np.zeros(n)
+        assert np.array_equal((which[:, None] == which) & np.tri(n, dtype=bool), ~mask[0].numpy())
+        assert np.array_equal(np.arange(n) if sample.position_ids is None else sample.position_ids, pos)
+        assert np.array_equal(sample.labels != -100, loss.numpy() == 1) and np.array_equal(sample.labels[sample.labels != -100], row[1:][loss.numpy() == 1])
+    if flags[1]: assert any(len(Marks(4999, *flags).sample(r).ends) > 1 for r in rows[:12]), "a real sample crosses documents"
 
 
-def test_sft_samples_without_an_answer_are_left_out(tmp_path, capsys):
-    prefix = write_sft(tmp_path / "x", [(3, 5), (9, 4), (7, 4), (8, 1)])
-    ds = SFTDataset(prefix, 8, num_samples=8)
-    assert set(ds.index.tolist()) == {0, 2} and len(ds) >= 8
-    assert "3 of 4 samples are longer than seq_length=8" in (err := capsys.readouterr().err) and "2 have no answer" in err and "13 tokens" in err
-    with pytest.raises(UserError, match="longest sample has 13"): SFTDataset(prefix, 3)
+def decoder(vocab=64, **kw):
+    return Decoder(ModelConfig(vocab_size=vocab, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+                               initializer_range=.2, **kw)).init_weights(1).eval()
 
 
-def test_sft_files_that_do_not_fit_together(tmp_path):
-    prefix = write_sft(tmp_path / "x", [(3, 5), (2, 4)])
-    with IndexedWriter(f"{prefix}_packed_labels_document") as w: w.add_many([[1] * 8])
-    with pytest.raises(UserError, match="not of one run"): SFTDataset(prefix, 8)
-    os.unlink(f"{prefix}_packed_labels_document.idx")
-    with pytest.raises(UserError, match="copy both"): SFTDataset(prefix, 8)
+@pytest.mark.parametrize("positions", [True, False])
+def test_reset_attention_mask_gives_each_document_its_own_loss(positions):
+    "Rows of several documents in one batch, against every document alone."
+    rng = np.random.default_rng(0)
+    rows = [np.where(rng.random(65) < .1, 0, rng.integers(1, 64, 65)) for _ in range(3)]
+    model = decoder()
+    batch = collate_gpt([Marks(0, positions, True).sample(r) for r in rows])
+    with torch.no_grad():
+        together, n = causal_lm_loss(model, batch)
+        apart, m = 0., 0
+        for r in rows:
+            cuts = [0, *(np.flatnonzero(r[:-1] == 0) + 1).tolist(), 64]
+            for a, b in zip(cuts, cuts[1:], strict=False):
+                if a < b:
+                    one, k = causal_lm_loss(model, Batch(torch.from_numpy(r[None, a:b]), torch.from_numpy(r[None, a + 1:b + 1])))
+                    apart, m = apart + one, m + k
+        crossing, _ = causal_lm_loss(model, collate_gpt([Marks(0).sample(r) for r in rows]))
+    assert n == m == 192 and len(batch.cu_seqlens) > 10
+    torch.testing.assert_close(together, apart, rtol=1e-5, atol=0)
+    assert abs(crossing - apart) > 1e-3 * abs(apart), "without it the loss is another"
 
 
-def test_neat_packed_files_are_not_read_as_plain_ones(tmp_path):
-    with write_together(*(f"{tmp_path}/x_packed_{f}_document" for f in FIELDS)) as (i, m, lab):
-        i.add([5, 6, 7, 8]); m.add([1, 1, 2, 2]); lab.add([5, 6, 7, 8])
-    with pytest.raises(UserError, match="without packing"): SFTDataset(f"{tmp_path}/x", 8)[0]
+# Far out ------------------------------------------------------------------------------------------
+
+def test_samples_beyond_two_billion_tokens(tmp_path):
+    "A real file of more than 2^31 tokens, sparse on the disk: samples before, across and behind the border are read from the right place."
+    n, per, S = 3, 2**30 - 7, 1000
+    head = struct.pack("<9sQBQQ", b"MMIDIDX\0\0", 1, 8, n, n + 1)
+    (tmp_path / "big.idx").write_bytes(head + np.full(n, per, "<i4").tobytes() + (np.arange(n) * per * 2).astype("<i8").tobytes() + np.arange(n + 1).astype("<i8").tobytes())
+    with open(tmp_path / "big.bin", "wb") as f:
+        f.truncate(n * per * 2)
+        for at in (0, 2**31 - 500, 2**31 + 500, n * per - 4000):
+            f.seek(at * 2); f.write(np.arange(1, 2001, dtype=np.uint16).tobytes())
+    r = IndexedReader(tmp_path / "big")
+    assert r.num_tokens > 2**31
+    ds = GPTDataset(r, S)
+    assert np.array_equal(np.sort(ds.shuffle_index), np.arange((n * per - 1) // S))
+    ends = np.cumsum(r.lengths[ds.document_index], dtype=np.int64)
+    for i in (0, (2**31) // S - 1, 2**31 // S, 2**31 // S + 1, len(ds) - 4, len(ds) - 1):
+        place = np.arange(i * S, i * S + S + 1)
+        d = np.searchsorted(ends, place, side="right")
+        at = ds.document_index[d] * per + place - (ends[d] - per)
+        assert np.array_equal(ds.tokens(i), r.tokens[at]), i
 
 
-@pytest.mark.parametrize("multiple, fixed, width", [(1, None, 7), (8, None, 8), (16, None, 16), (8, 32, 32)])
-def test_collate_sft(tmp_path, multiple, fixed, width):
-    ds = SFTDataset(write_sft(tmp_path / "x", [(3, 2), (2, 5)]), 32)
-    b = collate_sft(99, multiple, fixed)([ds[0], ds[1]])
-    assert b.input_ids.shape == b.labels.shape == (2, width) and b.input_ids.dtype == b.labels.dtype == torch.int64
-    assert b.num_targets == 7 == int((b.labels != -100).sum()) and b.position_ids is None and b.cu_seqlens is None
-    for row, s in zip(range(2), (ds[0], ds[1]), strict=True):
-        n = len(s.ids)
-        assert b.input_ids[row, :n].tolist() == s.ids.tolist() and (b.input_ids[row, n:] == 99).all() and (b.labels[row, n:] == -100).all()
-    assert b.to("cpu").num_targets == 7
-
-
-def test_padding_does_not_change_what_is_learnt(tmp_path):
-    "The loss of transformers' own model, padded with our collate, is the loss of the samples one by one."
-    from transformers import LlamaConfig, LlamaForCausalLM
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)).eval()
-    ds = SFTDataset(write_sft(tmp_path / "x", [(3, 2), (2, 9), (5, 6)]), 32)
-    def loss(batch):
-        with torch.no_grad(): logits = model(batch.input_ids).logits
-        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="sum")
-    pad = collate_sft(0, 8)
-    together, apart = loss(pad([ds[0], ds[1], ds[2]])), sum(loss(pad([ds[i]])) for i in range(3))
-    assert torch.allclose(together, apart, rtol=1e-5)
-    # transformers shifts by itself: the labels in the file, unshifted, give the same mean
-    ids, labels = torch.from_numpy(ds.ids[1].astype(np.int64))[None], torch.from_numpy(ds.labels[1].astype(np.int64))[None]
-    one = pad([ds[ds.index.tolist().index(1)]])
-    with torch.no_grad(): theirs = model(ids, labels=labels).loss
-    assert torch.allclose(loss(one) / one.num_targets, theirs, rtol=1e-5)
+def test_a_run_of_more_than_two_billion_samples():
+    "The loader's position is a plain number."
+    data = Numbers(range(1000))
+    loader = Loader(data, 3, list, consumed=2**31 - 4, rank=1, world=2)
+    assert next(loader) == [(2**31 - 1 + k) % 1000 for k in range(3)] and loader.state_dict()["consumed"] == 2**31 + 2
 
 
 # The loader ---------------------------------------------------------------------------------------
@@ -373,83 +331,100 @@ def test_batches_own_their_memory(web):
     assert b.input_ids.is_contiguous() and b.labels.is_contiguous()
 
 
-# Blends -------------------------------------------------------------------------------------------
-
-def test_blend_reads_each_source_in_its_own_order(numbers):
-    parts = [GPTDataset(IndexedReader(numbers), 8, seed=s) for s in (1, 2)]
-    blend = BlendedDataset(parts, [3, 1], 40)
-    seen = [0, 0]
-    for i in range(40):
-        k, n = blend.source(i)
-        assert n == seen[k] and np.array_equal(blend[i].ids, parts[k][n].ids)
-        seen[k] += 1
-    assert seen == [30, 10]
+class Numbers(list):
+    "Samples that are their own numbers."
+    order = "0, 1, 2, …"
 
 
-def test_blend_can_be_read_anywhere(numbers):
-    parts = [GPTDataset(IndexedReader(numbers), 8, seed=s) for s in (1, 2, 3)]
-    far, walked = (BlendedDataset(parts, [.5, .3, .2], 10**6) for _ in range(2))
-    far.PIECE = walked.PIECE = 100
-    assert far.source(1234) == [walked.source(i) for i in range(1235)][-1]
-    assert len(far) == 10**6
-    with pytest.raises(IndexError): far[10**6]
+@pytest.mark.parametrize("path", list(itertools.permutations((1, 2, 4))) + [(4, 1, 4), (2, 4, 2)])
+def test_resume_at_another_data_parallel_size(path):
+    "A step is 8 samples whatever the number of processes: nothing is lost, nothing read twice, and each step reads the same samples."
+    data, state, steps = Numbers(range(1000)), None, []
+    for size in path:
+        team = [Loader(data, 2, list, rank=r, world=size) for r in range(size)]
+        for loader in team:
+            if state: loader.load_state_dict(json.loads(json.dumps(state)))
+        for _ in range(3): steps.append(sorted(i for _ in range(8 // (2 * size)) for loader in team for i in next(loader)))
+        assert all(loader.state_dict() == team[0].state_dict() for loader in team)
+        state = team[0].state_dict()
+    assert steps == [list(range(8 * k, 8 * k + 8)) for k in range(9)]
 
 
-def test_blends_of_instructions(tmp_path):
-    "ModelLink silently takes the first data path of several; here they are blended like any other."
-    a, b = write_sft(tmp_path / "a", [(2, 3)] * 10), write_sft(tmp_path / "b", [(2, 7)] * 10)
-    ds = build_datasets(DataConfig(["1", a, "1", b], split="1", seq_length=32), "sft", dict(train=40), 1, 100)["train"]
-    assert sorted(len(ds[i].ids) for i in range(40)) == [5] * 20 + [9] * 20
+# Many processes -----------------------------------------------------------------------------------
+
+def test_processes_that_do_not_know_each_other_build_once(tmp_path):
+    "No torch.distributed: three processes at the same moment, and a lock."
+    code = f"""
+import time
+from pathlib import Path
+from ascend_nb.sample_index import once
+note = Path({str(tmp_path / "cache" / "note")!r})
+def find(): return note.read_text() if note.exists() else None
+def build():
+    time.sleep(.5)
+    with open({str(tmp_path / "built")!r}, "a") as f: f.write("built ")
+    note.write_text("made")
+print(once(note.parent, find, build))
+"""
+    assert [o[:2] for o in world(code, 3)] == [(0, "made\n")] * 3
+    assert (tmp_path / "built").read_text() == "built "
 
 
-@pytest.mark.parametrize("path", [[], ["a", "b"], ["0.3", "a", "0.7"], ["-1", "a", "2", "b"], ["0", "a", "0", "b"], ["a", "0.3", "b", "0.7"]])
-def test_bad_blends(path):
-    with pytest.raises(UserError, match="0.7 a 0.3 b"): parse_blend(path)
+RUN = JOIN + """
+import hashlib, os, sys
+import numpy as np
+import ascend_nb.datasets as d
+from ascend_nb.core import UserError
+from ascend_nb.indexed import IndexedReader
+real = d.gpt_index
+def counted(*a):
+    with open(os.environ["BUILT"], "a") as f: f.write(os.environ["RANK"])
+    return real(*a)
+d.gpt_index = counted
+try: ds = d.GPTDataset(IndexedReader(os.environ["DATA"]), 64, 5000, cache=os.environ["CACHE"], shared=os.environ["SHARED"] == "1")
+except UserError as e: print(e.key); print(e, file=sys.stderr); sys.exit(2)
+print(hashlib.md5(b"".join(np.ascontiguousarray(getattr(ds, a)).tobytes() for a in ("document_index", "sample_index", "shuffle_index"))).hexdigest()[:8],
+      type(ds.sample_index).__name__)
+dist.destroy_process_group()
+"""
 
 
-# What a user gets wrong ---------------------------------------------------------------------------
-
-def build(path, stage="pretrain", vocab=None, **kw):
-    return build_datasets(DataConfig([str(path)], **{"split": "1", "seq_length": 8, **kw}), stage, dict(train=4, valid=4, test=0), 1, vocab)
-
-
-def test_splits_that_are_not_asked_for_or_empty_are_absent(numbers):
-    assert list(build(numbers)) == ["train"]
-    assert list(build(numbers, split="1,1,1")) == ["train", "valid"]
-    assert list(build(numbers, split="0,1")) == ["valid"]
+def hosts(tmp_path, web, n, caches, shared=1, local_ranks=None):
+    "Processes whose cache folders are given one by one."
+    return world(RUN, n, local_ranks, lambda rank: dict(DATA=web, CACHE=str(tmp_path / caches[rank]), BUILT=str(tmp_path / "built"), SHARED=str(shared)))
 
 
-def test_vocabulary_mismatch(numbers, tmp_path):
-    top = int(IndexedReader(numbers).tokens.max())
-    assert build(numbers, vocab=top + 1)
-    with pytest.raises(UserError, match=f"token id {top} .*tokenizer/vocab mismatch.*at least {top + 1}"): build(numbers, vocab=top)
-    with IndexedWriter(tmp_path / "labels") as w: w.add([-100] * 9 + [5] * 9)
-    with pytest.raises(UserError, match="token id -100"): build(tmp_path / "labels", vocab=100)
+def test_two_processes_build_once(web, tmp_path):
+    out = hosts(tmp_path, web, 2, ["c", "c"])
+    assert [o[:2] for o in out] == [(0, f"{digest(GPTDataset(IndexedReader(web), 64, 5000))} memmap\n")] * 2, out
+    assert (tmp_path / "built").read_text() == "0"
 
 
-def test_an_id_that_the_sampling_misses_is_found_when_it_is_read(tmp_path):
-    tokens = np.ones(2_000_000, np.uint16)
-    tokens[7000] = 500
-    with IndexedWriter(tmp_path / "x", np.uint16) as w: w.add(tokens)
-    ds = build(tmp_path / "x", vocab=500, seq_length=100_000)["train"]
-    with pytest.raises(UserError, match="token id 500"): [ds[i] for i in range(len(ds))]
+@pytest.mark.slow
+def test_hosts_with_disks_of_their_own(web, tmp_path):
+    "Two hosts of two processes. Sharing is assumed: an error in all that names the flag. With the flag: the first of each host builds."
+    caches, ranks = ["a", "a", "b", "b"], [0, 1, 0, 1]
+    out = hosts(tmp_path, web, 4, caches, 1, ranks)
+    assert [o[:2] for o in out] == [(2, "cache_unseen\n")] * 4, out
+    assert all("--no-shared-storage" in o[2] for o in out) and (tmp_path / "built").read_text() == "0"
+    (tmp_path / "built").unlink(); shutil.rmtree(tmp_path / "a")
+    out = hosts(tmp_path, web, 4, caches, 0, ranks)
+    assert [o[:2] for o in out] == [(0, f"{digest(GPTDataset(IndexedReader(web), 64, 5000))} memmap\n")] * 4, out
+    assert sorted((tmp_path / "built").read_text()) == ["0", "2"]
 
 
-def test_too_short(numbers):
-    n = IndexedReader(numbers).num_tokens
-    assert build(numbers, seq_length=n - 1)
-    with pytest.raises(UserError, match=f"Found {n} tokens for train.*at least {n + 1}"): build(numbers, seq_length=n)
-    with pytest.raises(UserError, match="tokens for valid.*another split"): build(numbers, split="999,1", seq_length=64)
+@pytest.mark.slow
+def test_when_the_builder_fails_nobody_waits(web, tmp_path):
+    (tmp_path / "c").write_text("a file where the folder should be")
+    out = hosts(tmp_path, web, 3, ["c"] * 3)
+    assert [o[:2] for o in out] == [(2, "cache_write\n"), (2, "cache_failed\n"), (2, "cache_failed\n")], out
 
 
-def test_files_of_the_other_stage(numbers, tmp_path):
-    chats = write_sft(tmp_path / "chats", [(2, 3)] * 4)
-    assert build(chats, "sft")
-    with pytest.raises(UserError, match="chats_packed_input_ids_document, which is for stage=sft"): build(chats)
-    with pytest.raises(UserError, match="which is for stage=sft"): build(f"{chats}_packed_labels_document")
-    with pytest.raises(UserError, match="Pass .*chats\\.$"): build(f"{chats}_packed_input_ids_document", "sft")
-    with pytest.raises(UserError, match="numbers_text_document, which is for stage=pretrain"): build(tmp_path / "numbers", "sft")
-    with pytest.raises(UserError, match="numbers_text_document, which is for stage=pretrain"): build(numbers, "sft")
-    with pytest.raises(UserError, match="Did you mean .*numbers_text_document"): build(tmp_path / "numbers")
-    with pytest.raises(UserError, match="Check the path"): build(tmp_path / "nothing", "sft")
-    with pytest.raises(UserError, match="Did you mean sft"): build(numbers, "sfd")
+@pytest.mark.slow
+def test_under_torchrun(web, tmp_path):
+    (tmp_path / "job.py").write_text(RUN)
+    env = {**os.environ, "DATA": web, "CACHE": str(tmp_path / "c"), "BUILT": str(tmp_path / "built"), "SHARED": "1", "OMP_NUM_THREADS": "1"}
+    out = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=4", "--master-port", str(free_port()), str(tmp_path / "job.py")],
+                         env=env, capture_output=True, text=True, timeout=200)
+    assert out.returncode == 0 and out.stdout.count(f"{digest(GPTDataset(IndexedReader(web), 64, 5000))} memmap") == 4, out
+    assert (tmp_path / "built").read_text() == "0"

@@ -1,165 +1,331 @@
-"""Our readers against `datasets`, and what they say of broken files."""
+"""Every handler on every real file: counts, digests, records; trl as a second reader; and what is said of rows that cannot be used."""
+import copy
+import hashlib
 import json
-import subprocess
-import sys
+import random
+import re
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
+from ascend_nb.config import RowsConfig
 from ascend_nb.core import UserError
-from ascend_nb.handlers import CHUNK, HANDLERS, READERS, Record, column, convert, get_handler, read_rows
+from ascend_nb.handlers import HANDLERS, Handler, bind, convert, get_handler, guess_handler
+from ascend_nb.mixtures import open_source
+from ascend_nb.rows import BadRows, Place, read_rows
+from ascend_nb.turns import SHAREGPT, BadCell, Pair, Record, chat
 
-REAL = ["c4.parquet", "TruthfulQA.csv", "lunyu.json", "c4_demo.jsonl", "wiki_demo.txt", "tinyshakespeare.txt", "arrow_trec/train"]
-
-
-@pytest.mark.parametrize("name", REAL)
-def test_same_rows_as_datasets(shared_data, tmp_path, name):
-    "Each format of real data: the rows that Hugging Face's loader gives."
-    import datasets
-    path = shared_data / "pretrain" / name
-    form = {".jsonl": "json", ".txt": "text", "": "arrow"}.get(path.suffix, path.suffix[1:])
-    file = path / "data-00000-of-00001.arrow" if path.is_dir() else path
-    theirs = datasets.load_dataset(form, data_files=str(file), split="train", cache_dir=str(tmp_path))
-    ours = list(read_rows(path))
-    assert len(ours) == len(theirs) and list(ours[0]) == theirs.column_names
-    for a, b in zip(ours, theirs, strict=True):
-        assert a == {k: "" if v is None and form == "csv" else v for k, v in b.items()}
+HERE = Path("x.jsonl")
 
 
-@pytest.fixture
-def records():
-    "Rows with everything that trips a parser up, larger than two pieces."
-    hard = ['"quotes" \\ and \\u00e9', "a,b\n\nc\r\nd", "敏捷的狐狸 😀", "", " ] [ } { ", "\u2028\x1f line", "x" * (CHUNK // 2)]
-    return [dict(id=i, text=hard[i % len(hard)] + str(i)) for i in range(40)]
+def column(piece, key, rows):
+    "One column of documents."
+    return [(x or {key: ""})[key] for x in convert(piece, HANDLERS["GeneralPretrainHandler"], rows, keys=(key,))]
 
 
-def write(folder, form, rows):
-    "The same rows in one of the formats, by libraries other than ours."
-    import pandas as pd
-    import pyarrow as pa
-    frame, file = pd.DataFrame(rows), folder / f"data{form}"
-    table = pa.Table.from_pandas(frame)
-    if form == ".parquet": frame.to_parquet(file, row_group_size=7)
-    elif form == ".csv": frame.to_csv(file, index=False)
-    elif form == ".json": file.write_text(json.dumps(rows, indent=1), encoding="utf-8")
-    elif form == ".jsonl": frame.to_json(file, orient="records", lines=True, force_ascii=False)
-    elif form == ".arrow":
-        with pa.OSFile(str(file), "wb") as f, pa.ipc.new_stream(f, table.schema) as w: w.write_table(table, max_chunksize=9)
-    else:
-        with pa.OSFile(str(file), "wb") as f, pa.ipc.new_file(f, table.schema) as w: w.write_table(table, max_chunksize=9)
-    return file
+def digest(items):
+    "Of everything that was made, so that a change is noticed without copying the data here."
+    text = json.dumps([x if isinstance(x, dict) else asdict(x) for x in items], ensure_ascii=False, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-@pytest.mark.parametrize("form", [".parquet", ".csv", ".json", ".jsonl", ".arrow", "footer.arrow"])
-def test_rows_larger_than_a_piece(tmp_path, records, form):
-    file = write(tmp_path, form, records)
-    rows = read_rows(file)
-    pieces = list(rows.pieces())
-    assert [str(r["text"]) for p in pieces for r in p] == [r["text"] for r in records]
-    assert [int(r["id"]) for p in pieces for r in p] == list(range(40))
-    assert len(pieces) > 2 and max(sum(len(r["text"]) for r in p) for p in pieces) < 3 * CHUNK
-    assert rows.done_bytes == rows.total_bytes == file.stat().st_size
+def made(path, **cfg):
+    source = open_source(RowsConfig(**cfg), str(path))
+    pieces = list(source.pieces())
+    return source, [x for p in pieces for x in p.items], sum(p.rows_read for p in pieces), sum(p.left_out for p in pieces)
 
 
-@pytest.mark.parametrize("text", ['[{"a": 1},\n{"a": 2}]', '[\n{"a":1}\n,{"a":2}\n]\n', '{"a": 1}\n{"a": 2}', '{\n"a": 1\n}\n\n{"a": 2}\n', '\ufeff[{"a": 1}, {"a": 2}] '])
-@pytest.mark.parametrize("step", [1, 2, 3, 7, 1 << 20])
-def test_json_cut_anywhere(tmp_path, monkeypatch, text, step):
-    "Whatever the size of the buffer, the rows are json's."
-    monkeypatch.setattr("ascend_nb.handlers.CHUNK", step)
-    (tmp_path / "x.json").write_text(text, encoding="utf-8")
-    assert list(read_rows(tmp_path / "x.json")) == [{"a": 1}, {"a": 2}]
-
-
-def test_json_with_hard_values_cut_anywhere(tmp_path, monkeypatch):
-    monkeypatch.setattr("ascend_nb.handlers.CHUNK", 5)
-    rows = [dict(t='\\"\\\\', u="é😀", n=-1.5e-7, b=[True, None, {"x": []}], d={"y": "]}"}), {}, dict(t="\ud83d\ude00 \t")]
-    (tmp_path / "x.json").write_text(json.dumps(rows, indent=2))
-    assert list(read_rows(tmp_path / "x.json")) == json.loads(json.dumps(rows))
-
-
-def test_text_lines(tmp_path):
-    "Every line is a row: empty ones, Windows' endings, no ending at the end."
-    (tmp_path / "x.txt").write_bytes("\ufeffone\r\n\r\n\n三\nend".encode())
-    assert [r["text"] for r in read_rows(tmp_path / "x.txt")] == ["one", "", "", "三", "end"]
-
-
-def test_folders(shared_data, tmp_path):
-    "Files in the order of their names; what save_to_disk writes beside them is no data; a mixture is refused."
-    import datasets
-    datasets.Dataset.from_dict({"text": ["a", "b", "c"]}).save_to_disk(tmp_path / "saved", num_shards=2)
-    rows = read_rows(tmp_path / "saved")
-    assert [r["text"] for r in rows] == ["a", "b", "c"] and [p.suffix for p in rows.files] == [".arrow"] * 2
-    for name, text in (("b.txt", "B"), ("a.txt", "A"), ("README.md", "no data"), (".hidden.txt", "h")): (tmp_path / name).write_text(text)
-    assert [r["text"] for r in read_rows(tmp_path)] == ["A", "B"]
-    with pytest.raises(UserError, match=r"9 \.json, 2 \.jsonl"): read_rows(shared_data / "instruct")
-    assert len(list(read_rows(shared_data / "pretrain" / "arrow_trec" / "train" / "data-00000-of-00001.arrow"))) == len(list(read_rows(shared_data / "pretrain" / "arrow_trec" / "train")))
-    with pytest.raises(UserError, match=r"holds: LICENSE, more/"):
-        (tmp_path / "odd" / "more").mkdir(parents=True); (tmp_path / "odd" / "LICENSE").touch()
-        read_rows(tmp_path / "odd")
-
-
-BROKEN = [
-    ("a.jsonl", b'{"text": "a"}\n\n{"text": }\n', "Line 3 of .*Expecting value at column 10"),
-    ("a.jsonl", b'{"text": "a"}\n[1]\n', "Found a list as row 2 of a.jsonl"),
-    ("a.json", b'[{"text": "a"},\n{"text": "b" "c"},\n{"text": "d"}' + b" " * 99 + b"]", "Line 2 of .*Expecting ',' delimiter"),
-    ("a.json", b'[{"text": "a"},\n{"text": "b"},', "Line 2 of .*ends too early"),
-    ("a.json", b'[{"text": "a"},\n{"text": b}]', "Line 2 of .*Expecting value"), ("a.json", b'{"text": "a"}\n{"text": 1', "Line 2 of .*too early"),
-    ("a.json", b"[1, 2]", "Found a int as row 1"), ("a.json", b"", "no rows"), ("a.json", b"[ ]", "no rows"), ("a.json", b"\n", "no rows"),
-    ("a.txt", b"", "no rows"), ("a.csv", b"text,n\n", "no rows"), ("a.jsonl", b"\n\n", "no rows"),
-    ("a.txt", b"fine\nfine\nnot \xb0 fine\n", "line 3 holds the byte 0xb0"), ("a.txt", "half 好".encode()[:-1], "line 1 holds"),
-    ("a.csv", b"text\n\xff\n", "line 2 holds the byte 0xff"), ("a.jsonl", b'{"text": "\xff"}', "line 1 holds"),
-    ("a.csv", b'text,n\n"a,1\nb,2\n', "Line 2 of .*unexpected end of data"), ("a.csv", b"text,n\na,1\nb,2,3\n", "Line 3 .*3 cells under 2 names"),
-    ("a.parquet", b"PAR1 no more", "cannot be read as Parquet"), ("a.arrow", b"ARROW1 no more", "cannot be read as Arrow"), ("a.arrow", b"", "cannot be read as Arrow"),
-    ("a.pdf", b"x", r"expected files of one of .parquet"),
+REAL = [ # file, configuration, handler, rows, items, digest
+    ("instruct/identity.json", {}, "AlpacaStyleInstructionHandler", 91, 91, "c222a4e21d8a"),
+    ("instruct/alpaca_en_demo.json", {}, "AlpacaStyleInstructionHandler", 999, 999, "350ad13e0ea6"),
+    ("instruct/alpaca_zh_demo.json", {}, "AlpacaStyleInstructionHandler", 1000, 1000, "f7829916d887"),
+    ("instruct/oaast_sft_zh.json", {}, "AlpacaStyleInstructionHandler", 689, 689, "81912856ba6a"),
+    ("instruct/alpaca_en_demo.json", dict(handler_name="GeneralInstructionHandler"), "GeneralInstructionHandler", 999, 999, "8a0d9dd5a32a"),
+    ("instruct/alpaca_en_demo.json", dict(handler_name="AlpacaPretrainHandler"), "AlpacaPretrainHandler", 999, 999, "8b303fc1c7e8"),
+    ("instruct/glaive_toolcall_en_demo.json", {}, "SharegptStyleInstructionHandler", 300, 300, "7b4a3035e815"),
+    ("instruct/glaive_toolcall_zh_demo.json", {}, "SharegptStyleInstructionHandler", 300, 300, "08097c949e6d"),
+    ("instruct/glaive_toolcall_en_demo.json", dict(handler_name="SharegptPretrainHandler"), "SharegptPretrainHandler", 300, 300, "985954f67712"),
+    ("instruct/v1_sft_demo.jsonl", {}, "OpenAIInstructionHandler", 500, 500, "7f2515426a75"),
+    ("instruct/dpo_en_demo.json", {}, "SharegptStylePairwiseHandler", 300, 300, "690f05630782"),
+    ("instruct/dpo_zh_demo.json", {}, "SharegptStylePairwiseHandler", 300, 300, "6f793ea9cf4e"),
+    ("instruct/v1_dpo_demo.jsonl", {}, "SharegptStylePairwiseHandler", 10, 10, "da1352eeb8aa"),
+    ("instruct/oaast_rm_zh.json", {}, "AlpacaStylePairwiseHandler", 775, 775, "9f21327187cf"),
+    ("pretrain/tinyshakespeare.txt", {}, "GeneralPretrainHandler", 40000, 32777, "7e040020db1f"),
+    ("pretrain/wiki_demo.txt", {}, "GeneralPretrainHandler", 30, 30, "ab260f716cc0"),
+    ("pretrain/c4_demo.jsonl", {}, "GeneralPretrainHandler", 300, 300, "16fa752a1ab3"),
+    ("pretrain/c4.parquet", {}, "GeneralPretrainHandler", 200, 200, "2f976734651a"),
+    ("pretrain/arrow_trec/train", {}, "GeneralPretrainHandler", 600, 600, "b0afeb154527"),
+    ("pretrain/TruthfulQA.csv", dict(json_keys=["Question", "Best Answer"]), "GeneralPretrainHandler", 817, 817, "b2215a3a0530"),
+    ("pretrain/TruthfulQA.csv", dict(map_keys={"prompt": "Question", "response": "Best Answer"}), "AlpacaStyleInstructionHandler", 817, 817, "091ea291d48f"),
+    ("pretrain/lunyu.json", dict(json_keys=["paragraphs"]), "GeneralPretrainHandler", 20, 20, "a7994f005495"),
 ]
 
 
-@pytest.mark.parametrize("name, data, says", BROKEN)
-def test_broken_files_say_what_is_wrong(tmp_path, name, data, says):
-    (tmp_path / name).write_bytes(data)
-    with pytest.raises(UserError, match=says): list(read_rows(tmp_path / name))
+@pytest.mark.parametrize("name, cfg, handler, rows, items, sha", REAL, ids=lambda x: x if isinstance(x, str) and "/" in x else "")
+def test_real_files(shared_data, name, cfg, handler, rows, items, sha):
+    source, got, read, left_out = made(shared_data / name, **cfg)
+    assert (source.handler.name, read, len(got), left_out, source.bad.count) == (handler, rows, items, rows - items, 0)
+    assert digest(got) == sha
+    assert all(isinstance(x, {"text": dict, "chat": Record, "pair": Pair}[source.kind]) for x in got)
 
 
-@pytest.mark.parametrize("form", [".parquet", ".arrow", "footer.arrow", ".json"])
-@pytest.mark.parametrize("share", [.3, .9, .999])
-def test_cut_off_files(tmp_path, records, form, share):
-    "A download that stopped early is never taken for a whole file."
-    file = write(tmp_path, form, records)
-    data = file.read_bytes()
-    file.write_bytes(data[:int(len(data) * share)])
-    with pytest.raises(UserError, match="cannot be read|is not JSON|no rows"): list(read_rows(file))
+def raw(shared_data, name):
+    text = (shared_data / "instruct" / name).read_text(encoding="utf-8")
+    return json.loads(text) if name.endswith(".json") else [json.loads(x) for x in text.splitlines()]
 
 
-def test_alpaca_history_stays_in_order(shared_data):
-    rows = read_rows(shared_data / "instruct" / "oaast_sft_zh.json")
-    raw = json.loads((shared_data / "instruct" / "oaast_sft_zh.json").read_text(encoding="utf-8"))
-    made = [r for piece in rows.pieces() for r in convert(piece, get_handler("AlpacaStyleInstructionHandler"), rows)]
-    assert len(made) == len(raw) == 689 and any(len(r["history"]) > 1 for r in raw)
-    for row, rec in zip(raw, made, strict=True):
+@pytest.mark.parametrize("name", ["identity.json", "alpaca_en_demo.json", "alpaca_zh_demo.json", "oaast_sft_zh.json"])
+def test_alpaca_is_the_row(shared_data, name):
+    "Nothing added, nothing lost: history in order, then instruction and input, then output."
+    rows, (_, got, *_) = raw(shared_data, name), made(shared_data / "instruct" / name)
+    for row, rec in zip(rows, got, strict=True):
         said = [m["content"] for m in rec.messages]
-        assert said == [x for turn in row["history"] for x in turn] + [row["instruction"] + ("\n" + row["input"]) * bool(row["input"]), row["output"]]
-        assert [m["role"] for m in rec.messages] == ["user", "assistant"] * (len(said) // 2)
+        assert said == [x for t in row.get("history", []) for x in t] + [row["instruction"] + ("\n" + row["input"]) * bool(row["input"]), row["output"]]
+        assert [m["role"] for m in rec.messages] == ["user", "assistant"] * (len(said) // 2) and rec.tools is None
+    if "oaast" in name: assert max(len(r.messages) for r in got) == 6 and sum(len(r.messages) > 2 for r in got) == sum(bool(r["history"]) for r in rows) > 200
 
 
-def alpaca(**row): return HANDLERS["AlpacaStyleInstructionHandler"].make(dict(instruction="", output="a") | row)
+def test_a_record_of_each(shared_data):
+    first = lambda name, i=0, **cfg: made(shared_data / "instruct" / name, **cfg)[1][i]  # noqa: E731
+    assert first("identity.json", 3) == chat([("What is your name?", "You may refer to me as {{name}}, an AI assistant developed by {{author}}.")])
+    call = first("glaive_toolcall_zh_demo.json")
+    assert [m["role"] for m in call.messages] == ["user", "assistant", "tool", "assistant"]
+    assert call.messages[1] == dict(role="assistant", content="", tool_calls=[dict(type="function", function=dict(name="generate_invoice", arguments={
+        "customer_name": "约翰·多伊", "items": [{"name": "苹果", "quantity": 2, "price": 1}, {"name": "香蕉", "quantity": 3, "price": 0.5}]}))])
+    assert [t["function"]["name"] for t in call.tools] == ["generate_invoice", "generate_password"]
+    pair = first("v1_dpo_demo.jsonl")
+    assert [m["role"] for m in pair.chosen.messages] == ["system", "user", "assistant"] and pair.chosen.messages[:2] == pair.rejected.messages[:2]
+    assert pair.rejected.messages[2]["content"].startswith(" Abdulah Hasanagic is the proud owner of AS Company, a small town")
+    assert first("v1_sft_demo.jsonl") == chat([("hi", "Hello! I am {{name}}, an AI assistant developed by {{author}}. How can I assist you today?")])
+    text = made(shared_data / "pretrain" / "lunyu.json", json_keys=["paragraphs"])[1][0]["paragraphs"]
+    assert text.split("\n")[:2][1].startswith("有子曰") and text.count("\n") == 15
+
+
+@pytest.mark.parametrize("lang, calls, none", [("en", 211, 109), ("zh", 216, 100)])
+def test_tool_calls_are_the_rows(shared_data, lang, calls, none):
+    rows, (_, got, *_) = raw(shared_data, f"glaive_toolcall_{lang}_demo.json"), made(shared_data / "instruct" / f"glaive_toolcall_{lang}_demo.json")
+    roles = dict(human="user", gpt="assistant", function_call="assistant", observation="tool")
+    for row, rec in zip(rows, got, strict=True):
+        assert [m["role"] for m in rec.messages] == [roles[t["from"]] for t in row["conversations"]]
+        for t, m in zip(row["conversations"], rec.messages, strict=True):
+            if t["from"] == "function_call": assert m["tool_calls"][0]["function"] == json.loads(t["value"]) and m["content"] == ""
+            else: assert m["content"] == t["value"] and "tool_calls" not in m
+        assert [t["function"] for t in rec.tools or []] == json.loads(row["tools"])
+    assert sum("tool_calls" in m for r in got for m in r.messages) == calls and sum(r.tools is None for r in got) == none
+
+
+def plain(messages): return [(m["role"], m["content"] if isinstance(m["content"], str) else "".join(p["value"] for p in m["content"])) for m in messages]
+
+
+@pytest.mark.slow
+def test_trl_reads_the_same(shared_data):
+    "Hugging Face's trl turns ShareGPT into messages, and pairs into a common prompt and two answers."
+    data_utils = pytest.importorskip("trl.data_utils", reason="trl is the second reader")
+    for row, rec in zip(raw(shared_data, "glaive_toolcall_en_demo.json"), made(shared_data / "instruct" / "glaive_toolcall_en_demo.json")[1], strict=True):
+        if any(t["from"] == "function_call" for t in row["conversations"]): continue # trl leaves calls as text
+        theirs = data_utils.maybe_convert_to_chatml({"conversations": row["conversations"]})["messages"]
+        assert plain(rec.messages) == [(dict(human="user", gpt="assistant")[who], text) for who, text in plain(theirs)]
+    for row, pair in zip(raw(shared_data, "v1_dpo_demo.jsonl"), made(shared_data / "instruct" / "v1_dpo_demo.jsonl")[1], strict=True):
+        both = {k: [dict(role=m["role"], content=m["content"][0]["value"]) for m in row[f"{k}_messages"]] for k in ("chosen", "rejected")}
+        theirs = data_utils.maybe_extract_prompt(dict(both))
+        assert (plain(pair.chosen.messages[:-1]), plain(pair.chosen.messages[-1:]), plain(pair.rejected.messages[-1:])) == tuple(plain(theirs[k]) for k in ("prompt", "chosen", "rejected"))
+        assert HANDLERS["SharegptStylePairwiseHandler"](both) == HANDLERS["SharegptStylePairwiseHandler"](theirs) == pair
+
+
+def test_pairs_are_the_rows(shared_data):
+    for name in ("dpo_en_demo.json", "dpo_zh_demo.json"):
+        for row, pair in zip(raw(shared_data, name), made(shared_data / "instruct" / name)[1], strict=True):
+            said = [t["value"] for t in row["conversations"]]
+            for rec, answer in ((pair.chosen, row["chosen"]), (pair.rejected, row["rejected"])):
+                assert [m["content"] for m in rec.messages] == [*said, answer["value"]] and rec.messages[-1]["role"] == "assistant"
+            assert (pair.chosen.messages[0]["role"] == "system") == (row["conversations"][0]["from"] == "system")
+    for row, pair in zip(raw(shared_data, "oaast_rm_zh.json"), made(shared_data / "instruct" / "oaast_rm_zh.json")[1], strict=True):
+        assert [pair.chosen.messages[-1]["content"], pair.rejected.messages[-1]["content"]] == row["output"][:2]
+        assert len(pair.chosen.messages) == 2 * len(row["history"]) + 2 and pair.chosen.messages[:-1] == pair.rejected.messages[:-1]
+
+
+def use(name, **row): return HANDLERS[name](row)
 
 
 def test_alpaca_corners():
+    alpaca = lambda **row: use("AlpacaStyleInstructionHandler", **dict(instruction="", output="a") | row)  # noqa: E731
     assert alpaca(instruction="q", system="s") == Record([dict(role="system", content="s"), dict(role="user", content="q"), dict(role="assistant", content="a")])
     assert alpaca(input="only input").messages[0]["content"] == "only input"
-    assert alpaca() is None and alpaca(instruction="q", output="") is None and alpaca(instruction="q", output=None) is None
+    assert alpaca() is None and alpaca(instruction="q", output="") is None and alpaca(instruction="q", output=None) is None and alpaca(instruction=" ") is None
     assert alpaca(instruction="q", history=None) == alpaca(instruction="q", history=[]) == alpaca(instruction="q", input=None)
+    assert alpaca(instruction="q", history=[["", "b"]]) is None
 
 
-@pytest.mark.parametrize("row, says", [
-    (dict(instructions="q", output="a"), "no column 'instruction' in row 2 of x.jsonl, which has instructions, output; Alpaca.* Did you mean instructions"),
-    (dict(instruction="q", output=["a", "b"]), "Found a list in column 'output' of row 2 .*expected text"),
-    (dict(instruction="q", output="a", history=["x"]), "column 'history' of row 2 .*list of")])
-def test_wrong_rows_are_named(tmp_path, row, says):
-    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, (dict(instruction="q", output="a"), row))))
-    rows = read_rows(tmp_path / "x.jsonl")
-    with pytest.raises(UserError, match=says):
-        for piece in rows.pieces(): convert(piece, get_handler("AlpacaStyleInstructionHandler"), rows)
+def test_texts_that_modellink_writes():
+    vicuna = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers to the user's questions."
+              "USER: Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n### Instruction:\nDo\n\n")
+    assert use("AlpacaPretrainHandler", instruction="Do", input="it", output="Done") == {"text": vicuna + "### Input:\nit\n\n### Response: ASSISTANT: Done"}
+    assert use("AlpacaPretrainHandler", instruction="Do", output="Done") == {"text": vicuna + "### Response: ASSISTANT: Done"}
+    assert use("StackOverflowPythonPretrainHandler", title="sort", question_body="How?", answer_body="sorted(x)") == {
+        "text": "In python, sort\n### Question:\nHow?\n### Response:\nsorted(x)\n"}
+    assert use("SharegptPretrainHandler", conversations=[{"from": "human", "value": "a"}, {"role": "x", "content": "b"}])["text"] == "a\nb"
+    turns = [{"value": "a"}, {"value": "b"}]
+    assert convert([dict(talk=turns)], HANDLERS["SharegptPretrainHandler"], Place(HERE), keys=("talk",)) == [{"talk": "a\nb"}]
+    assert use("GeneralInstructionHandler", instruction="q", input="", output="a") == chat([("q\n", "a")])
+    assert use("GeneralInstructionHandler", instruction="q", input="i", output="a") == chat([("q\ni", "a")])
+    leet = dict(code_with_problem="# Two sum\n\nFind it.\n\n```python\nx\n```\n more ``` ", code_only="x", explanation_only="Because.")
+    assert use("LeetcodePythonInstructionHandler", **leet) == chat([("# Two sum\n\nFind it.", "x\nBecause.")])
+    assert {n: h.prompt_type for n, h in HANDLERS.items() if h.prompt_type} == dict.fromkeys(
+        ["GeneralInstructionHandler", "LeetcodePythonInstructionHandler", "BelleMultiTurnInstructionHandler", "MOSSInstructionHandler"], "modellink_alpaca") | {"MOSSMultiTurnHandler": "baichuan2"}
+
+
+def test_belle():
+    belle = lambda text, **more: use("BelleMultiTurnInstructionHandler", instruction=text, output=" end ", **more)  # noqa: E731
+    turns = [dict(role="user", content="a"), dict(role="assistant", content="b", loss=False), dict(role="user", content="c Human: d"), dict(role="assistant", content="end")]
+    assert belle("Human: a\nAssistant:b\n\nHuman:c Human: d\nAssistant:\n").messages == turns == belle("Human：a\nAssistant：b\nHuman:c Human: d").messages
+    assert belle("Human:a\nAssistant:", input="i") == chat([("a\ni", "end")])
+    for wrong in ("a", "Human:a\nHuman:b", "Assistant:a\nHuman:b", "Human:a\nAssistant:b", "Hi\nHuman:a\nAssistant:", "Assistant:"):
+        with pytest.raises(BadCell): belle(wrong)
+    assert belle("Human:\nAssistant:") is None
+
+
+def test_moss():
+    def turn(q, a, **more): return dict(Human=f"<|Human|>: {q}<eoh>\n", MOSS=f"<|MOSS|>: {a}<eom>\n", Commands="<|Commands|>: None<eoc>\n") | more
+    row = dict(chat={"turn_1": turn("a", "b"), "turn_2": None, "turn_3": turn("", "x"), "turn_4": turn("c", "d")})
+    assert use("MOSSMultiTurnHandler", **row) == chat([("a", "b"), ("c", "d")])
+    one, two = use("MOSSInstructionHandler", **row)
+    assert one == chat([("a", "b")]) and [m.get("loss") for m in two.messages] == [None, False, None, None]
+    assert convert([row, dict(chat={}), dict(chat="no")], HANDLERS["MOSSInstructionHandler"], Place(HERE), BadRows("skip")) == [[one, two], None, ()]
+    assert use("MOSSMultiTurnHandler", chat={}) is None
+
+
+def share(*turns, **more): return dict(conversations=[{"from": w, "value": v} for w, v in turns], **more)
+
+
+def test_sharegpt_corners():
+    use = HANDLERS["SharegptStyleInstructionHandler"]
+    said = [dict(role="system", content="s"), dict(role="user", content="q"), dict(role="assistant", content="a")]
+    assert use(share(("human", "q"), ("gpt", "a"), system="s")).messages == use(share(("system", "s"), ("human", "q"), ("gpt", "a"), system="other")).messages == said
+    assert use(dict(conversations=[])) is use(dict(conversations=[], system="s")) is None
+    assert use(share(("human", "q"), ("gpt", ""))) is None and use(share(("human", " "), ("gpt", "a"))) is None
+    two = '[{"name": "f", "arguments": {}}, {"name": "g", "arguments": "{\\"x\\": 1}"}]'
+    calls = use(share(("human", "q"), ("function_call", two), ("observation", ""), ("gpt", "a"))).messages[1]["tool_calls"]
+    assert [c["function"] for c in calls] == [dict(name="f", arguments={}), dict(name="g", arguments={"x": 1})]
+    assert use(share(("human", "q"), ("gpt", "a"), tools="")).tools is use(share(("human", "q"), ("gpt", "a"), tools="[]")).tools is None
+    assert use(share(("human", "q"), ("gpt", "a"), tools=[{"name": "f"}])).tools == [dict(type="function", function={"name": "f"})]
+
+
+def test_tags():
+    names = {"messages": "messages", "tags": dict(role_tag="role", content_tag="content", user_tag="user", assistant_tag="assistant")}
+    mine = bind(get_handler("SharegptStyleInstructionHandler"), names)
+    row = dict(messages=[dict(role="system", content="s"), dict(role="user", content="q"), dict(role="assistant", content="a")], conversations="not read")
+    assert mine(row) == chat([("q", "a")], "s") and mine.needs == ("messages",) and mine.map_keys == names
+    other = bind(HANDLERS["SharegptStyleInstructionHandler"], {"tags": {"user_tag": "gpt", "assistant_tag": "human"}})
+    assert other(share(("gpt", "q"), ("human", "a"))) == chat([("q", "a")])
+    swap = bind(HANDLERS["SharegptStyleInstructionHandler"], {"tags": {"user_tag": "system"}})
+    assert swap(share(("system", "q"), ("gpt", "a"))) == chat([("q", "a")]), "a given name wins over a default"
+    assert bind(HANDLERS["SharegptStyleInstructionHandler"], None) is bind(HANDLERS["SharegptStyleInstructionHandler"], {}) is HANDLERS["SharegptStyleInstructionHandler"]
+    assert set(SHAREGPT) == {"role_tag", "content_tag", "user_tag", "assistant_tag", "observation_tag", "function_tag", "system_tag"}
+
+
+def test_openai():
+    use = HANDLERS["OpenAIInstructionHandler"]
+    m = [dict(role="developer", content="s"), dict(role="user", content=[dict(type="text", text="q"), dict(type="text", value="?")], loss_weight=0.0),
+         dict(role="assistant", content=None, tool_calls=[dict(id="c1", type="function", function=dict(name="f", arguments='{"x": 1}'))], reasoning_content="hm", name=None),
+         dict(role="tool", content="1", tool_call_id="c1", name="f"), dict(role="tool", content="2"), dict(role="assistant", content="a", loss_weight=0)]
+    rec = use(dict(messages=m, tools='[{"type": "function", "function": {"name": "f"}}]', system="not this"))
+    assert rec.messages == [dict(role="system", content="s"), dict(role="user", content="q?"),
+        dict(role="assistant", content="", tool_calls=[dict(id="c1", type="function", function=dict(name="f", arguments={"x": 1}))], reasoning_content="hm"),
+        dict(role="tool", content="1", tool_call_id="c1", name="f"), dict(role="tool", content="2"), dict(role="assistant", content="a", loss=False)]
+    assert rec.tools == [dict(type="function", function=dict(name="f"))]
+    old = [m[1], dict(role="assistant", content=None, function_call=dict(name="f", arguments="{}")), dict(role="function", name="f", content="1"), dict(role="assistant", content="a")]
+    assert use(dict(messages=old, system="s")).messages[2]["tool_calls"][0]["function"] == dict(name="f", arguments={})
+    parts = [dict(type="reasoning", value="hm"), dict(type="text", value="a"), dict(type="tool_call", value='{"name": "f", "arguments": {}}')]
+    v1 = use(dict(messages=[m[1], dict(role="assistant", content=parts), dict(role="tool", content="1"), dict(role="assistant", content="b")])).messages[1]
+    assert v1 == dict(role="assistant", content="a", tool_calls=[dict(type="function", function=dict(name="f", arguments={}))], reasoning_content="hm")
+
+
+def test_pairs_in_other_dress():
+    alpaca = lambda **row: use("AlpacaStylePairwiseHandler", instruction="q", **row)  # noqa: E731
+    pair = Pair(chat([("q", "good")]), chat([("q", "bad")]))
+    assert alpaca(chosen="good", rejected="bad") == alpaca(chosen=["good"], rejected=["bad"]) == alpaca(output=["good", "bad"]) == alpaca(output=["good", "bad", "worse"]) == pair
+    assert alpaca(chosen="good", rejected="") is None
+    assert alpaca(chosen="good", rejected="bad", history=[["x", "y"]], system="s").rejected == chat([("x", "y"), ("q", "bad")], "s")
+    talk = HANDLERS["SharegptStylePairwiseHandler"]
+    assert talk(share(("human", "q"), chosen="good", rejected="bad")) == talk(share(("human", "q"), chosen={"from": "gpt", "value": "good"}, rejected={"from": "gpt", "value": "bad"})) == pair
+    call = talk(share(("human", "q"), chosen={"from": "function_call", "value": '{"name": "f", "arguments": {}}'}, rejected="bad", tools='[{"name": "f"}]'))
+    assert call.chosen.messages[-1]["tool_calls"] and call.rejected.tools == call.chosen.tools == [dict(type="function", function=dict(name="f"))]
+    named = bind(get_handler("AlpacaStylePairwiseHandler"), {"prompt": "question", "chosen": "good", "rejected": "bad"})
+    assert named(dict(question="q", good="good", bad="bad")) == pair
+
+
+WRONG = [ # handler, row, what is said
+    ("AlpacaStyleInstructionHandler", dict(instructions="q", output="a"), "no column 'instruction' in row 2 of x.jsonl, which has instructions, output; Alpaca.* Did you mean instructions"),
+    ("AlpacaStyleInstructionHandler", dict(instruction="q", output=["a", "b"]), "Found a list in column 'output' of row 2 .*expected text"),
+    ("AlpacaStyleInstructionHandler", dict(instruction="q", output="a", history=["x"]), "column 'history' of row 2 .*list of"),
+    ("AlpacaStyleInstructionHandler", dict(instruction="q", output=4), "Found a int in column 'output' of row 2"),
+    ("SharegptStyleInstructionHandler", share(("gpt", "a"), ("human", "q")), "'gpt' in turn 1 in column 'conversations' of row 2 of x.jsonl; expected 'human' or 'observation'"),
+    ("SharegptStyleInstructionHandler", share(("human", "q"), ("human", "q")), "'human' in turn 2 .*expected 'gpt' or 'function_call'"),
+    ("SharegptStyleInstructionHandler", share(("human", "q"), ("gpt", "a"), ("human", "q")), "'human' last in column .*expected 'gpt' or 'function_call' last"),
+    ("SharegptStyleInstructionHandler", dict(conversations="talk"), "Found 'talk' in column 'conversations' .*a list of turns"),
+    ("SharegptStyleInstructionHandler", dict(conversations=[{"from": "human"}]), "in turn 1 .*expected text under 'value'"),
+    ("SharegptStyleInstructionHandler", share(("human", "q"), ("function_call", "{cut")), "{cut' in turn 2 .*a JSON object"),
+    ("SharegptStyleInstructionHandler", share(("human", "q"), ("function_call", '{"name": "f", "arguments": [1]}')), "in turn 2 .*calls like"),
+    ("SharegptStyleInstructionHandler", share(("human", "q"), ("gpt", "a"), tools="{"), "column 'tools' of row 2 .*JSON list"),
+    ("SharegptStyleInstructionHandler", dict(conversations=[{"from": ["human"], "value": "q"}]), "in turn 1 .*expected 'human'"),
+    ("SharegptStyleInstructionHandler", share(("system", "s"), ("human", "q"), ("human", "q")), "'human' in turn 3 .*expected 'gpt'"),
+    ("SharegptStyleInstructionHandler", dict(conversations=[{"from": "system", "value": 7}]), "in turn 1 .*expected text under 'value'"),
+    ("OpenAIInstructionHandler", dict(messages=[dict(role={}, content="a")]), "in turn 1 .*expected 'system'"),
+    ("OpenAIInstructionHandler", dict(messages=[]), "no turns in column 'messages'"),
+    ("OpenAIInstructionHandler", dict(messages=[dict(role="user", content=[dict(type="text", text=7)])]), "in turn 1 .*text under 'text'"),
+    ("OpenAIInstructionHandler", dict(messages=[dict(role="user", content=7)]), "'7' in turn 1 .*list of parts"),
+    ("OpenAIInstructionHandler", dict(messages=[dict(role="user", content="q"), dict(role="assistant", content="", tool_calls="{")]), "in turn 2 .*JSON object"),
+    ("OpenAIInstructionHandler", dict(messages=[dict(role="bot", content="a")]), "'bot' in turn 1 .*expected 'system', 'developer', 'user', 'assistant', 'tool' or 'function'"),
+    ("OpenAIInstructionHandler", dict(messages=[dict(role="assistant", content="a")]), "'assistant' first .*expected 'user' first"),
+    ("OpenAIInstructionHandler", dict(messages=[dict(role="user", content="q")]), "'user' last .*expected 'assistant' last"),
+    ("OpenAIInstructionHandler", dict(messages=[dict(role="user", content="q"), dict(role="tool", content="1"), dict(role="assistant", content="a")]), "'tool' behind 'user'"),
+    ("OpenAIInstructionHandler", dict(messages=[dict(role="user", content=[dict(type="image_url")]), dict(role="assistant", content="a")]), "type 'image_url' in turn 1 .*pictures"),
+    ("OpenAIInstructionHandler", dict(messages=[dict(role="user", content="q"), dict(role="assistant", content="a", loss_weight=.5)]), "loss_weight 0.5 in turn 2"),
+    ("BelleMultiTurnInstructionHandler", dict(instruction="Human:a\nHuman:b", output="c"), "Found Human, Human in column 'instruction' of row 2"),
+    ("MOSSMultiTurnHandler", dict(chat=[1]), "Found a list in column 'chat' of row 2"),
+    ("AlpacaStylePairwiseHandler", dict(instruction="q", output=["a"]), "column 'output' .*better, worse"),
+    ("SharegptStylePairwiseHandler", share(("human", "q"), ("gpt", "a"), chosen="a", rejected="b"), "'gpt' last in column .*expected 'human' or 'observation' last"),
+    ("SharegptStylePairwiseHandler", share(("human", "q"), chosen="a"), "column 'rejected' of row 2 .*an answer"),
+    ("SharegptStylePairwiseHandler", dict(chosen=[dict(role="user", content="q"), dict(role="assistant", content="a")],
+                                          rejected=[dict(role="user", content="other"), dict(role="assistant", content="a")]), "other messages than in chosen in column 'rejected'"),
+]
+
+
+@pytest.mark.parametrize("name, row, says", WRONG)
+def test_wrong_rows_are_named(name, row, says):
+    with pytest.raises(UserError, match=says): convert([row], get_handler(name), Place(HERE, 2))
+    bad = BadRows("report")
+    assert convert([row], get_handler(name), Place(HERE, 2), bad) == [()] and bad.examples[0]["row"] == "row 2 of x.jsonl"
+
+
+ODD = [None, "", 7, True, "text", [], {}, ["a"], [1], [None], {"a": 1}, [[]], [["a", "b"]], "{", "[1]", "[{}]", "\ud83d", "Human:a\nAssistant:", {"turn_1": {"Human": "a", "MOSS": "b"}}, {"turn_1": 5},
+       {"from": "gpt", "value": "x"}, [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "tool_calls": [{"function": 7}]}],
+       [{"role": "user", "content": [{"type": "text", "value": "q"}]}, {"role": "assistant", "content": [{"type": "tool_call", "value": "{}"}]}], [{"from": "human", "value": "q"}, {"from": "function_call", "value": "[{}]"}]]
+
+
+def test_any_row_is_an_item_or_a_sentence():
+    "Whatever stands in the columns, and wherever something is exchanged for something else: no other error than UserError."
+    ours = [h for h in HANDLERS.values() if h.make.__module__.startswith("ascend_nb.")]
+    rng, columns = random.Random(0), sorted({c for h in ours for c in (*h.needs, *h.columns.values())} | {"prompt", "text", "chosen_messages", "rejected_messages"})
+
+    def disturbed(v):
+        v = copy.deepcopy(v)
+        inside = list(range(len(v))) if isinstance(v, list) else list(v) if isinstance(v, dict) else []
+        if not inside or rng.random() < .2: return rng.choice(ODD)
+        k = rng.choice(inside)
+        v[k] = disturbed(v[k])
+        return v
+
+    used = 0
+    for _ in range(1500):
+        row = {k: disturbed(rng.choice(ODD)) if rng.random() < .4 else rng.choice(ODD) for k in rng.sample(columns, rng.randint(0, 12))}
+        for h in ours:
+            try: used += h.name != "LlamaFactoryInstructionHandler" and convert([row], h, Place(HERE), keys=("text",) if h.kind == "text" else ())[0] is not None
+            except UserError: pass
+        try: guess_handler([row])
+        except UserError: pass
+    assert used > 200
 
 
 def test_half_a_character_is_named(tmp_path):
@@ -170,45 +336,70 @@ def test_half_a_character_is_named(tmp_path):
     with pytest.raises(UserError, match="half a character .* in column 'text' of row 2 of x.jsonl"): column(piece, "text", rows)
     with pytest.raises(UserError, match="half a character .* of row 2 of x.jsonl"): convert(piece, get_handler("AlpacaStyleInstructionHandler"), rows)
     assert column(piece[:1], "text", rows) == ["ok 😀"]
+    call = share(("human", "q"), ("function_call", '{"name": "f", "arguments": {"x": "\\ud83d"}}'))
+    with pytest.raises(UserError, match="half a character"): convert([call], get_handler("SharegptStyleInstructionHandler"), rows)
 
 
-@pytest.mark.parametrize("row, says", [(dict(txt="a"), "no column 'text' in row 2 of x.jsonl, which has txt; .* Did you mean txt"),
-                                       (dict(text=7), "Found a int in column 'text' of row 2"), (dict(text=["a"]), "Found a list in column 'text' of row 2")])
+@pytest.mark.parametrize("row, says", [(dict(txt="a"), "no column 'text' in row 2 of x.jsonl, which has txt; .* Did you mean txt"), (dict(text=7), "Found a int in column 'text' of row 2"),
+                                       (dict(text=["a", 7]), "a list that holds a int in column 'text' of row 2"), (dict(text={}), "Found a dict in column 'text' of row 2")])
 def test_wrong_text_columns_are_named(tmp_path, row, says):
     (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, (dict(text=None), row))))
     rows = read_rows(tmp_path / "x.jsonl")
     with pytest.raises(UserError, match=says):
         for piece in rows.pieces(): column(piece, "text", rows)
-    assert column([dict(text=None), dict(text="a")], "text", rows) == ["", "a"]
+    assert column([dict(text=None), dict(text="a"), dict(text=["b", "c"]), dict(text=[])], "text", rows) == ["", "a", "b\nc", ""]
 
 
-MEMORY = """
-import re, sys
-from ascend_nb.handlers import read_rows
-n = sum(len(r["text"]) for r in read_rows(sys.argv[1]))
-print(n, re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
-"""
+@pytest.mark.parametrize("rows, name, keys", [
+    ([dict(prompt="q", response="a")], "AlpacaStyleInstructionHandler", {"prompt": "prompt", "response": "response"}),
+    ([dict(instruction="q", output=None), dict(instruction="q", output="a", text="whole")], "AlpacaStyleInstructionHandler", {}),
+    ([dict(instruction="Human:a\nAssistant:", output="b")], "BelleMultiTurnInstructionHandler", {}),
+    ([dict(prompt="q", chosen="a", rejected="b")], "AlpacaStylePairwiseHandler", {"prompt": "prompt"}),
+    ([dict(instruction="q", chosen="a", rejected="b")], "AlpacaStylePairwiseHandler", {}),
+    ([dict(prompt="q", chosen=[dict(role="user", content="q"), dict(role="assistant", content="a")], rejected=[])], "SharegptStylePairwiseHandler", {}),
+    ([dict(messages=[{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}])], "SharegptStyleInstructionHandler", {"messages": "messages"}),
+    ([dict(title="t", question_body="q", answer_body="a")], "StackOverflowPythonPretrainHandler", {}),
+    ([dict(code_with_problem="p", code_only="c", explanation_only="e")], "LeetcodePythonInstructionHandler", {}),
+    ([dict(chat={"turn_1": {}})], "MOSSMultiTurnHandler", {}),
+    ([dict(text="a", input="b")], "GeneralPretrainHandler", {})])
+def test_guesses(rows, name, keys):
+    handler, why = guess_handler(rows)
+    assert (handler.name, handler.map_keys) == (name, keys) and "columns" in why
+    if name != "MOSSMultiTurnHandler" and rows[-1].get("rejected") != []: convert(rows[-1:], handler, Place(HERE), keys=("text",) if handler.kind == "text" else ())
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
-@pytest.mark.parametrize("form", sorted(READERS))
-def test_memory_does_not_grow_with_the_file(tmp_path, form):
-    "Eight times the file, at most a piece or two more memory (in KiB)."
-    import pyarrow as pa
-    import pyarrow.parquet
-    used = {}
-    for n in (20_000, 160_000):
-        texts, file = [f"{i} the quick brown fox 敏捷 " * 8 for i in range(n)], tmp_path / f"{n}{form}"
-        table = pa.table({"text": texts})
-        if form == ".parquet": pyarrow.parquet.write_table(table, file, row_group_size=10_000)
-        elif form == ".arrow":
-            with pa.ipc.new_stream(str(file), table.schema) as w: w.write_table(table, max_chunksize=1000)
-        elif form == ".json": file.write_text(json.dumps([dict(text=t) for t in texts]))
-        elif form == ".jsonl": file.write_text("\n".join(json.dumps(dict(text=t)) for t in texts))
-        elif form == ".csv": file.write_text("text\n" + "\n".join(texts), encoding="utf-8")
-        else: file.write_text("\n".join(texts), encoding="utf-8")
-        count, peak = subprocess.run([sys.executable, "-c", MEMORY, str(file)], capture_output=True, text=True, check=True).stdout.split()
-        assert int(count) == sum(map(len, texts))
-        used[n] = int(peak)
-    assert used[160_000] - used[20_000] < 12 * 1024, used
+def test_named_keys_win():
+    row = dict(instruction="q", output="a", text="t", paragraphs=["a", "b"], talk=[{"value": "a"}], n=1)
+    assert guess_handler([row])[0].name == "AlpacaStyleInstructionHandler"
+    assert guess_handler([row], ["output", "paragraphs"])[0].name == "GeneralPretrainHandler" and guess_handler([row], ["talk"])[0].name == "SharegptPretrainHandler"
+    with pytest.raises(UserError, match="json_keys=txet; .*Did you mean text"): guess_handler([row], ["txet"])
+    with pytest.raises(UserError, match="json_keys=n; expected those of a known form. Pass"): guess_handler([row], ["n"])
+    with pytest.raises(UserError, match="Did you mean Text"): guess_handler([dict(Text="a")])
+
+
+def test_guess_of_turns_with_openais_names():
+    row = dict(conversations=[dict(role="user", content="q"), dict(role="assistant", content="a")])
+    handler, _ = guess_handler([row])
+    assert handler(row) == chat([("q", "a")]) and bind(HANDLERS[handler.name], handler.map_keys)(row) == handler(row)
+
+
+def test_names(capsys):
+    assert get_handler("HunyuanInstructionHandler").name == "SharegptStyleInstructionHandler"
+    for name in ("R1AlpacaStyleInstructionHandler", "PPOAlpacaStyleInstructionHandler"):
+        with pytest.raises(UserError, match="reinforcement learning.* Use AlpacaStyleInstructionHandler"): get_handler(name)
+    with pytest.raises(UserError, match="Did you mean GeneralPretrainHandler"): get_handler("GeneralPretrainHandle")
+    with pytest.raises(UserError, match="'promt' in map_keys; AlpacaStyleInstructionHandler knows prompt, query, response, history, system, tools. Did you mean prompt"):
+        bind(get_handler("AlpacaStyleInstructionHandler"), {"promt": "q"})
+    with pytest.raises(UserError, match="'user' in map_keys.*Did you mean user_tag"): bind(get_handler("SharegptStyleInstructionHandler"), {"tags": {"user": "q"}})
+    with pytest.raises(UserError, match="7 as the name of 'prompt'"): bind(get_handler("AlpacaStyleInstructionHandler"), {"prompt": 7})
+    with pytest.raises(UserError, match="'user_tag' in map_keys; OpenAI.* knows messages, system, tools"): bind(get_handler("OpenAIInstructionHandler"), {"tags": {"user_tag": "q"}})
+    assert all(isinstance(h, Handler) and h.kind in ("text", "chat", "pair") and h.about for h in HANDLERS.values())
+
+
+def test_english_and_chinese(monkeypatch):
+    "Every bad cell is a sentence in Chinese too, but for names and values."
+    monkeypatch.setenv("ASCEND_NB_LANG", "zh")
+    for name, row, _ in WRONG:
+        with pytest.raises(UserError, match="x.jsonl 第 2 行.*(应为|中没有列)") as e: convert([row], get_handler(name), Place(HERE, 2))
+        prose = re.sub(r"'[^']*'|\"[^\"]*\"|\[.*?\]|\w+ 类型|含有 \w+ 的", "", str(e.value))
+        assert not re.search(r"\b(turn|text|list|last|first|expected|object|answer|calls|or|behind)\b", prose), prose

@@ -175,6 +175,85 @@ def test_published_template_through_the_whole_run(shared_data, chatml, tmp_path)
         assert sum(int(t in eos) for t in labels[i]) == len(rows[i]["history"]) + 1
 
 
+@pytest.mark.parametrize("name", ["dpo_en_demo.json", "oaast_rm_zh.json"])
+def test_pairs(shared_data, chatml, tmp_path, name):
+    "Four files: transformers' ids of both chats, labels where the last answer stands."
+    path, theirs = shared_data / "instruct" / name, hf(chatml)
+    out = run(config(path, chatml, tmp_path / "p", append_eod=False), json=True)
+    keys = ("chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_labels")
+    assert out["files"] == [str(tmp_path / f"p_packed_{k}_document") for k in keys] and out["data_path"] == str(tmp_path / "p") and out["kind"] == "pair"
+    files = [IndexedReader(f)[:] for f in out["files"]]
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    if "conversations" in rows[0]:
+        roles = dict(human="user", gpt="assistant", system="system")
+        rows = [([dict(role=roles[t["from"]], content=t["value"]) for t in r["conversations"]], r["chosen"]["value"], r["rejected"]["value"]) for r in rows]
+    else:
+        rows = [(sum(([dict(role="user", content=q), dict(role="assistant", content=a)] for q, a in r["history"]), []) +
+                 [dict(role="user", content="\n".join(filter(None, (r["instruction"], r["input"]))))], *r["output"][:2]) for r in rows]
+    rows = [r for r in rows if r[1] and r[2]]
+    assert len(rows) == out["documents"] == len(files[0])
+    for i, (asked, *answers) in list(enumerate(rows))[::6]:
+        head = theirs.apply_chat_template(asked, add_generation_prompt=True, return_dict=True)["input_ids"]
+        for answer, ids, labels in zip(answers, (files[0][i], files[2][i]), (files[1][i], files[3][i]), strict=True):
+            if answer.startswith("\n"): continue # encoded apart, see test_templates
+            want = theirs.apply_chat_template([*asked, dict(role="assistant", content=answer)], return_dict=True)["input_ids"]
+            assert ids.tolist() == want and (labels[len(head):-1] == ids[len(head):-1]).all() and labels[-1] == -100 # behind the last is a line break
+            assert (labels[:len(head)] == -100).all() # earlier answers are part of the question, as in ModelLink
+
+
+def test_a_handlers_own_template_where_the_tokenizer_has_none(shared_data, tmp_path):
+    (tmp_path / "x.json").write_text(json.dumps([dict(instruction="hi", input="", output="Hello!")]))
+    run(config(tmp_path / "x.json", shared_data / "tokenizers" / "llama2.model", tmp_path / "x", handler_name="GeneralInstructionHandler"), json=True)
+    from ascend_nb.tokenizers import load_tokenizer
+    text = load_tokenizer(shared_data / "tokenizers" / "llama2.model").decode(IndexedReader(tmp_path / "x_packed_input_ids_document")[0])
+    assert "### Instruction:\nhi\n" in text and "Below is an instruction" in text and text.rstrip().endswith("Hello!")
+
+
+OWN = """
+from ascend_nb.handlers import handler
+from ascend_nb.config import PreprocessConfig
+from ascend_nb.preprocess import run
+@handler("ShoutHandler", "text", needs=("text",))
+def shout(row):
+    "upper case"
+    return {"text": row["text"].upper()}
+"""
+
+
+@pytest.mark.parametrize("where", ["module", "__main__"])
+def test_ones_own_handler_in_two_processes(shared_data, toks, tmp_path, where):
+    "By its module; from a script that is all there is, in one process."
+    (tmp_path / "x.jsonl").write_text((shared_data / "pretrain" / "c4_demo.jsonl").read_text(encoding="utf-8") * 3, encoding="utf-8")
+    (tmp_path / "mine.py").write_text(OWN)
+    call = f"print(run(PreprocessConfig(input={str(tmp_path / 'x.jsonl')!r}, tokenizer_name_or_path={str(toks['qwen2'])!r}, output_prefix={str(tmp_path / 'out')!r}, handler_name='ShoutHandler', n_subs=2), json=True)['parts'])"
+    (tmp_path / "script.py").write_text(("from mine import *\n" if where == "module" else OWN) + call)
+    p = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert p.stdout.strip() == ("2" if where == "module" else "1"), p.stderr
+    from ascend_nb.tokenizers import load_tokenizer
+    text = load_tokenizer(toks["qwen2"]).decode(IndexedReader(tmp_path / "out_text_document")[0])
+    assert text == text.upper() and len(text) > 99
+
+
+def test_a_mixture_keeps_to_one_process(shared_data, chatml, tmp_path, capsys):
+    "Two sources by turns, the second one short; the same rows in the same order as `datasets` draws them."
+    import datasets
+    files = [shared_data / "instruct" / f"alpaca_{x}_demo.json" for x in ("en", "zh")]
+    out = run(config(",".join(map(str, files)), chatml, tmp_path / "x", handler_name="AlpacaStyleInstructionHandler", mix_strategy="interleave_under", max_samples=50, n_subs=2), json=True)
+    assert out["parts"] == 1 and "One process instead of 2" in capsys.readouterr().err
+    both_sets = [datasets.Dataset.from_list([dict(q=r["instruction"], i=r["input"]) for r in json.loads(f.read_text(encoding="utf-8"))[:50]]) for f in files]
+    want = ["\n".join(filter(None, (r["q"], r["i"]))) for r in datasets.interleave_datasets(both_sets, seed=1234)]
+    theirs = hf(chatml)
+    got = [theirs.decode(x) for x in IndexedReader(tmp_path / "x_packed_input_ids_document")[:]]
+    assert len(got) == 100 and all(f"user\n{w}<|im_end|>" in g for w, g in zip(want, got, strict=True))
+
+
+def test_a_report(shared_data, chatml, tmp_path):
+    out = run(config(shared_data / "instruct" / "alpaca_zh_demo.json", chatml, tmp_path / "x", handler_name="AlpacaStyleInstructionHandler", seq_length=256, pack=True, report=str(tmp_path / "r")), json=True)
+    made = json.loads((tmp_path / "r" / "report.json").read_text(encoding="utf-8"))
+    assert made == json.loads(json.dumps(out)) and made["lengths"]["sequences"] == made["documents"] and made["lengths"]["packed_rows"] == made["rows"] == len(IndexedReader(tmp_path / "x_packed_labels_document"))
+    assert (tmp_path / "r" / "lengths.png").read_bytes()[:4] == b"\x89PNG"
+
+
 # Failing ------------------------------------------------------------------------------------------
 
 def leftovers(folder): return sorted(p.name for p in folder.iterdir() if p.name.startswith((".", "out")))
@@ -193,13 +272,13 @@ def test_an_error_late_in_the_file_leaves_nothing(shared_data, toks, tmp_path):
     assert both(tmp_path / "out_text_document") == before and leftovers(tmp_path) == ["out_text_document.bin", "out_text_document.idx"]
 
 
-def test_ctrl_c_leaves_nothing(toks, tmp_path):
+def test_ctrl_c_before_the_first_mark_leaves_nothing(toks, tmp_path):
     (tmp_path / "x.txt").write_text("\n".join(f"{i} the quick brown fox jumps over the lazy dog" for i in range(400_000)))
     code = ("import sys; from ascend_nb.preprocess import run; from ascend_nb.config import PreprocessConfig as C;"
             "run(C(input=sys.argv[1], tokenizer_name_or_path=sys.argv[2], output_prefix=sys.argv[3], log_interval=1), json=True)")
     p = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "x.txt"), str(toks["qwen2"]), str(tmp_path / "out")], stderr=subprocess.PIPE, text=True)
-    assert "documents" in p.stderr.readline() # it has begun to write
-    assert [x for x in leftovers(tmp_path) if x.startswith(".out")]
+    while "documents" not in p.stderr.readline(): pass # it has begun to write
+    assert leftovers(tmp_path) == [".out.work"]
     p.send_signal(signal.SIGINT)
     assert "KeyboardInterrupt" in p.communicate(timeout=60)[1] and p.returncode != 0
     assert leftovers(tmp_path) == []
@@ -207,7 +286,7 @@ def test_ctrl_c_leaves_nothing(toks, tmp_path):
 
 @pytest.mark.parametrize("change, says", [
     (dict(input="nowhere.txt"), "Found nothing at"), (dict(tokenizer_name_or_path="nowhere"), "tokenizer's folder"), (dict(handler_name="GeneralHandler"), "Did you mean General"),
-    (dict(json_keys=["txet"]), "Did you mean text"), (dict(handler_name="AlpacaStyleInstructionHandler"), "no column 'instruction'"),
+    (dict(json_keys=["txet"], handler_name="GeneralPretrainHandler"), "Did you mean text"), (dict(handler_name="AlpacaStyleInstructionHandler"), "no column 'instruction'"),
     (dict(append_eod=True, tokenizer_name_or_path="bare.json"), "names no eos token"), (dict(handler_name="AlpacaStyleInstructionHandler", prompt_type="qwen9"), "no column|qwen9")])
 def test_mistakes(shared_data, toks, tmp_path, change, says):
     (tmp_path / "x.jsonl").write_text('{"text": "a"}')
@@ -230,10 +309,13 @@ def test_unwritable_folder(toks, tmp_path):
 
 
 def test_names():
-    cfg = config("x", "t", "d/alpaca", json_keys=["text", "title"])
+    cfg = config("x", "t", "d/alpaca", json_keys=["text", "title"], handler_name="GeneralPretrainHandler")
     assert list(output_prefixes(cfg).values()) == ["d/alpaca_text_document", "d/alpaca_title_document"]
     cfg.handler_name = "AlpacaStyleInstructionHandler"
     assert list(output_prefixes(cfg).values()) == [f"d/alpaca_packed_{k}_document" for k in ("input_ids", "attention_mask", "labels")]
+    cfg.handler_name = "SharegptStylePairwiseHandler"
+    assert list(output_prefixes(cfg).values()) == [f"d/alpaca_packed_{k}_document" for k in ("chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_labels")]
+    assert output_prefixes(config("x", "t", "d/a", split_sentences=True, handler_name="GeneralPretrainHandler")) == {"text": "d/a_text_sentence"}
 
 
 # Speed's conditions -------------------------------------------------------------------------------

@@ -1,8 +1,10 @@
 """Our tokenizer against transformers, tokenizers and sentencepiece, on real files."""
 import json
+import random
 import shutil
 import subprocess
 import sys
+import unicodedata
 
 import pytest
 
@@ -141,6 +143,166 @@ def test_megatron_documents_decode(shared_data, tmp_path):
     tok = load_tokenizer(tmp_path)
     text = tok.decode(ids[:list(ids).index(tok.eos_token_id)] if tok.eos_token_id in ids else ids)
     assert " the " in text and tok.encode(text) == list(ids[:len(tok.encode(text))])
+
+
+def strings(x):
+    "Every string in a JSON value."
+    if isinstance(x, str): yield x
+    elif isinstance(x, dict): yield from (t for v in x.values() for t in strings(v))
+    elif isinstance(x, list): yield from (t for v in x for t in strings(v))
+
+
+@pytest.fixture(scope="module")
+def all_text(shared_data):
+    "Every text of the real data: pretraining lines, rows, and all that is said in instruction sets."
+    import pyarrow.parquet as pq
+    pre, out = shared_data / "pretrain", []
+    for name in ("wiki_demo.txt", "tinyshakespeare.txt"): out += (pre / name).read_text(encoding="utf-8").split("\n\n")
+    out += (pre / "wiki_demo.txt").read_text(encoding="utf-8").splitlines() + [(pre / "TruthfulQA.csv").read_text(encoding="utf-8")]
+    out += pq.read_table(pre / "c4.parquet")["text"].to_pylist()
+    for f in [pre / "c4_demo.jsonl", pre / "lunyu.json", *(shared_data / "instruct").glob("*.json*")]:
+        text = f.read_text(encoding="utf-8")
+        out += [t for x in (map(json.loads, text.splitlines()) if f.suffix == ".jsonl" else [json.loads(text)]) for t in strings(x)]
+    assert len(out) > 30_000
+    return out
+
+
+def spm_folder(folder, file, **config):
+    "A folder with a sentencepiece model, and a config where there is one."
+    shutil.copy(file, folder / "tokenizer.model")
+    if config: (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("model, cls", [("llama2.model", None), ("mistral_v1.model", "LlamaTokenizer")])
+def test_sentencepiece_ids_on_real_text(shared_data, tmp_path, all_text, model, cls):
+    "What AutoTokenizer makes of the folder, id by id; sentencepiece encodes, the Rust form is not even made unless a text asks for it."
+    folder = spm_folder(tmp_path, shared_data / "tokenizers" / model, **({"tokenizer_class": cls, "legacy": False} if cls else {}))
+    ours, rust, texts = load_tokenizer(folder), hf(folder).backend_tokenizer, all_text[::8]
+    assert ours.reason == "tokenizer.model, by sentencepiece"
+    assert ours.encode_batch(texts) == [e.ids for e in rust.encode_batch_fast(texts, add_special_tokens=False)]
+    plain = ["no marks", "here"]
+    assert load_tokenizer(folder).encode_batch(plain) == ours.encode_batch(plain)
+    fresh = load_tokenizer(folder)
+    fresh.encode_batch(plain); fresh.bulk(plain); assert (fresh.vocab_size, fresh.eos_token_id) == (32000, 2)
+    assert "rust" not in vars(fresh)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["llama2.model", "mistral_v1.model"])
+def test_sentencepiece_ids_on_all_real_text(shared_data, tmp_path, all_text, model):
+    import sentencepiece
+    folder = spm_folder(tmp_path, shared_data / "tokenizers" / model)
+    want = [e.ids for e in hf(folder).backend_tokenizer.encode_batch_fast(all_text, add_special_tokens=False)]
+    assert load_tokenizer(folder).encode_batch(all_text) == want
+    marks = ("<s>", "</s>", "<unk>")
+    sp = sentencepiece.SentencePieceProcessor(str(folder / "tokenizer.model"))
+    assert [w for w, t in zip(want, all_text, strict=True) if not any(m in t for m in marks)] == sp.encode([t for t in all_text if not any(m in t for m in marks)])
+
+
+def flags(content, **kw): return dict(content=content, lstrip=False, rstrip=False, normalized=False, single_word=False, special=True) | kw
+
+
+BASE = {str(i): flags(t) for i, t in enumerate(("<unk>", "<s>", "</s>"))}
+SPM_CONFIGS = {
+    "nothing": {}, "bos": dict(add_bos_token=True, legacy=False),
+    "published": dict(added_tokens_decoder=BASE, add_bos_token=True, add_eos_token=False, legacy=False, pad_token="<unk>"),
+    "normalized": dict(added_tokens_decoder={k: v | dict(normalized=True) for k, v in BASE.items()}, legacy=None, pad_token=None),
+    "more": dict(added_tokens_decoder=BASE | {"32000": flags("<|im_end|>"), "32001": flags("<x>", normalized=True, special=False)}),
+    "stripping": dict(added_tokens_decoder=BASE | {"32000": flags("<x>", lstrip=True, rstrip=True)}),
+    "extra": dict(extra_special_tokens=["<x>"], legacy=True), "other_eos": dict(eos_token="<|im_end|>", add_eos_token=True),
+    "no_prefix": dict(add_prefix_space=False), "split": dict(split_special_tokens=True)}
+
+
+@pytest.mark.parametrize("cls, config", [*((None, c) for c in SPM_CONFIGS), *(("LlamaTokenizer", c) for c in ("published", "normalized", "more", "extra", "no_prefix"))])
+def test_sentencepiece_folders_of_every_shape(shared_data, tmp_path, cls, config):
+    "Special tokens, blanks and both together, in the folders that models are published in: the ids of AutoTokenizer."
+    pytest.importorskip("transformers", "5", reason="transformers 4 builds these folders otherwise")
+    folder = spm_folder(tmp_path, shared_data / "tokenizers" / "llama2.model", **SPM_CONFIGS[config], **({"tokenizer_class": cls} if cls else {}))
+    parts, rng = [" ", "  ", "<s>", "</s>", "<x>", "the", " dog", "▁", "<|im_end|>", "<pad>", "<unk>", "\n", "狐"], random.Random(0)
+    same(load_tokenizer(folder), hf(folder), TEXTS + ["".join(rng.choices(parts, k=10)) for _ in range(60)])
+
+
+@pytest.mark.parametrize("model", ["llama2.model", pytest.param("mistral_v1.model", marks=pytest.mark.slow)])
+def test_rust_form_is_transformers_own(shared_data, tmp_path, model):
+    "Not only the ids: the whole tokenizer.json, every merge in its place."
+    pytest.importorskip("transformers", "5", reason="transformers 4 builds these folders otherwise")
+    for config in ({}, dict(add_bos_token=True, legacy=False), dict(tokenizer_class="LlamaTokenizer"), dict(tokenizer_class="LlamaTokenizer", legacy=True, add_eos_token=True)):
+        folder = spm_folder(tmp_path, shared_data / "tokenizers" / model, **config)
+        assert json.loads(load_tokenizer(folder).rust.to_str()) == json.loads(hf(folder).backend_tokenizer.to_str())
+
+
+def test_other_sentencepiece_models_go_to_transformers(tmp_path):
+    "A unigram model, one that normalises text, one with user-defined pieces: none is read by Llama's rules."
+    import sentencepiece
+
+    from ascend_nb.vocab_files import open_llama_model
+    text = ["the quick brown fox jumps over the lazy dog", "敏捷的狐狸 jumps again", "one two three four"] * 30
+    base = dict(vocab_size=330, model_type="bpe", byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2)
+    def train(name, **kw):
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(text), model_prefix=str(tmp_path / name), **base | kw)
+        return open_llama_model(tmp_path / f"{name}.model")
+    assert train("llama") is not None
+    others = dict(unigram=dict(model_type="unigram", vocab_size=293), nfkc=dict(normalization_rule_name="nmt_nfkc"), squeezed=dict(remove_extra_whitespaces=True),
+                  user=dict(user_defined_symbols=["<sep>"]), no_bytes=dict(byte_fallback=False, vocab_size=70), no_prefix=dict(add_dummy_prefix=False), ids=dict(unk_id=2, bos_id=0, eos_id=1))
+    assert [name for name, kw in others.items() if train(name, **kw) is not None] == []
+
+
+def test_half_a_character_is_named(qwen_ours, shared_data):
+    for tok in (qwen_ours, load_tokenizer(shared_data / "tokenizers" / "llama2.model")):
+        with pytest.raises(UserError, match="half a character") as e: tok.bulk(["fine", "also fine", "a \ud83d b"])
+        assert e.value.facts["number"] == 2
+
+
+def test_fingerprint(shared_data, tmp_path, qwen):
+    prints = {load_tokenizer(p).fingerprint() for p in (qwen, shared_data / "tokenizers/llama2.model", shared_data / "tokenizers/mistral_v1.model")}
+    assert len(prints) == 3 and load_tokenizer(qwen).fingerprint() in prints
+    shutil.copytree(qwen, tmp_path / "moved")
+    moved = load_tokenizer(tmp_path / "moved")
+    assert moved.fingerprint() in prints, "a copy elsewhere is the same tokenizer"
+    moved.chat_template = "{{ messages }}"
+    assert moved.fingerprint() not in prints
+
+
+def test_no_transformers_on_the_sentencepiece_path(shared_data):
+    code = (f"import sys; from ascend_nb.tokenizers import load_tokenizer; t = load_tokenizer({str(shared_data / 'tokenizers/llama2.model')!r});"
+            "t.bulk(['x', '<s> y']); t.encode_offsets('z'); t.decode([5, 6]); t.vocab_size; print([m for m in ('transformers', 'torch', 'google.protobuf') if m in sys.modules])")
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_gpt2_kind(shared_data, tmp_path, real_text):
+    "Megatron's GPT2BPETokenizer: transformers' ids, except that a special token's text is plain letters."
+    from transformers import GPT2Tokenizer
+    files = [shared_data / "megatron" / f"gpt2-tiny-{n}" for n in ("vocab.json", "merges.txt")]
+    ours, theirs = load_tokenizer("", "GPT2BPETokenizer", *files), GPT2Tokenizer(*map(str, files))
+    texts = TEXTS + real_text
+    assert ours.encode_batch(texts, special=True) == [theirs.encode(t) for t in texts]
+    assert ours.eos_token_id == json.loads(files[0].read_text())["<|endoftext|>"] and ours.vocab_size == len(json.loads(files[0].read_text()))
+    assert ours.eos_token_id not in ours.encode("a<|endoftext|>b") and ours.eos_token_id in theirs.encode("a<|endoftext|>b")
+    assert ours.decode(ours.encode("a<|endoftext|>b")) == "a<|endoftext|>b"
+
+
+@pytest.mark.parametrize("kind, lower", [("BertWordPieceLowerCase", True), ("BertWordPieceCase", False)])
+def test_bert_kinds(tmp_path, real_text, kind, lower):
+    "The word pieces of transformers' Python BertTokenizer, which is Google's code plus NFC; [BOS] and [EOS] follow the vocabulary as in Megatron."
+    from tokenizers import BertWordPieceTokenizer
+    bert = pytest.importorskip("transformers.models.bert.tokenization_bert_legacy")
+    maker = BertWordPieceTokenizer(lowercase=lower)
+    maker.train_from_iterator(real_text, vocab_size=900, show_progress=False)
+    vocab = [t for t, _ in sorted(maker.get_vocab().items(), key=lambda kv: kv[1])]
+    (tmp_path / "vocab.txt").write_text("\n".join(vocab), encoding="utf-8")
+    ours, theirs = load_tokenizer("", kind, tmp_path / "vocab.txt"), bert.BertTokenizerLegacy(str(tmp_path / "vocab.txt"), do_lower_case=lower, never_split=[])
+    texts = [unicodedata.normalize("NFC", t) for t in TEXTS if "\u200b" not in t] + real_text
+    assert ours.encode_batch(texts, special=True) == [theirs.convert_tokens_to_ids(theirs._tokenize(t)) for t in texts]
+    assert (ours.bos_token_id, ours.eos_token_id, ours.vocab_size) == (len(vocab), len(vocab) + 1, len(vocab) + 2)
+
+
+@pytest.mark.parametrize("args, says", [
+    (("GPT2BPETokenizer",), "Pass --vocab-file"), (("GPT2BPETokenizer", __file__), "Pass --merge-file"), (("BertWordPieceCase",), "Pass --vocab-file"),
+    (("GPT2BPETokenizer", "no_such.json", "no_such.txt"), "Found nothing at no_such.json"), (("BertWordPieceCase", __file__), "a BERT vocabulary has it"),
+    (("GPT2BPETokenizer", __file__, __file__), "cannot be read as vocab.json"), (("GPT2BPE",), "Did you mean GPT2BPETokenizer")])
+def test_kinds_name_what_is_missing(args, says):
+    with pytest.raises(UserError, match=says): load_tokenizer("", *args)
 
 
 @pytest.fixture
