@@ -8,6 +8,7 @@ __all__ = ['BlendedDataset', 'parse_blend', 'open_reader', 'build_datasets', 'co
 # %% ../nbs/13b_blends.ipynb #c90122d0
 import math, re
 import numpy as np
+from fastcore.basics import patch
 from .config import DataConfig
 from .core import Progress, UserError, messages, one_of
 from .datasets import GPTDataset, Loader, Marks, Sample, check_ids, collate_gpt, collate_sft
@@ -28,7 +29,7 @@ class BlendedDataset:
         self.datasets, self.size = datasets, size
         self.weights = (np.array(weights, np.float64) / np.sum(weights)).tolist()
         self.order = dict(kind="blend", weights=self.weights, parts=[d.order for d in datasets])
-        self._pieces, self._used = [], [0] * len(datasets)
+        self._starts, self._kept = {0: [0] * len(datasets)}, {} # samples drawn from each before a piece; the pieces read last
 
     def __len__(self): return self.size
 
@@ -37,16 +38,36 @@ class BlendedDataset:
     ) -> tuple: # (which data set, which of its samples)
         "Where sample `i` comes from."
         piece, j = divmod(i, self.PIECE)
-        missing = range(len(self._pieces), piece + 1)
-        for p in Progress(missing, "Blending", quiet=len(missing) < 50):
-            self._pieces.append(blend_step(self.weights, self._used, p * self.PIECE, self.PIECE))
-        which, nth = self._pieces[piece]
+        if piece not in self._kept:
+            missing = range(max(p for p in self._starts if p <= piece), piece + 1)
+            for p in Progress(missing, "Blending", quiet=len(missing) < 50):
+                used = list(self._starts[p])
+                made = blend_step(self.weights, used, p * self.PIECE, self.PIECE)
+                self._starts[p + 1] = used
+            self._kept = {**dict(list(self._kept.items())[-3:]), piece: made}
+        which, nth = self._kept[piece]
         return int(which[j]), int(nth[j])
 
     def __getitem__(self, i: int) -> Sample:
         if not 0 <= i < self.size: raise IndexError(i)
         k, n = self.source(i)
         return self.datasets[k][n % len(self.datasets[k])]
+
+# %% ../nbs/13b_blends.ipynb #9e64471e
+@patch
+def place(self: BlendedDataset,
+    i: int # position in the blend
+) -> list: # [piece, samples drawn from each source before it]
+    "What a checkpoint keeps, so that a resumed run need not walk through all pieces before."
+    self.source(i % self.size)
+    return [piece := i % self.size // self.PIECE, self._starts[piece]]
+
+@patch
+def go_on(self: BlendedDataset,
+    place: list # from `place`, of a blend in the same order
+) -> None:
+    "Know where a piece begins."
+    self._starts[place[0]] = list(place[1])
 
 # %% ../nbs/13b_blends.ipynb #5786785a
 messages(

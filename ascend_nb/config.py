@@ -136,12 +136,12 @@ class DataConfig(RowsConfig):
     tokenizer_name_or_path: str = "" # folder of the tokenizer; saved with every checkpoint. Empty: taken from `load`
     split: str = "969,30,1" # parts for training, validation and test; Megatron's default
     seq_length: int = knob(1024, low=1) # tokens in a sample
-    packing: bool = False # instruction samples share a sequence; none sees another, and the loss stays the same
+    packing: bool = False # stage sft: samples share a sequence; none sees another, and the loss stays the same. Each epoch is packed anew
     pad_to_multiple_of: int = knob(8, low=1, advanced=True) # instruction batches are padded to a multiple of this
     variable_seq_lengths: bool = knob(True, advanced=True) # pad an instruction batch to its longest sample, not to seq_length
-    reset_position_ids: bool = knob(False, advanced=True) # pretraining: positions begin again behind each end-of-text token
-    reset_attention_mask: bool = knob(False, advanced=True) # pretraining: documents of a sample do not see each other
-    eod_mask_loss: bool = knob(False, advanced=True) # pretraining: the end-of-text token is not learned
+    reset_position_ids: bool = knob(False, advanced=True) # pretraining: positions begin again behind each end-of-text token (files made with append_eod)
+    reset_attention_mask: bool = knob(False, advanced=True) # pretraining: documents of a sample do not see each other (files made with append_eod)
+    eod_mask_loss: bool = knob(False, advanced=True) # pretraining: nothing is learned at an end-of-text token: the next text cannot be foretold from it
     shuffle: bool = knob(True, advanced=True) # instruction samples in another order each epoch
     full_shuffle_instruction_dataset: bool = knob(False, advanced=True) # shuffle all epochs together
     data_cache_path: str | None = knob(None, advanced=True) # folder for index caches and for what raw files became; none: indices in memory, raw files under ~/.cache/ascend_nb

@@ -197,14 +197,16 @@ class Loader:
 
     def _order(self): return hashlib.md5(json.dumps(getattr(self.dataset, "order", None), sort_keys=True).encode()).hexdigest()
 
-    def state_dict(self) -> dict: # {"consumed": samples, "order": fingerprint of the samples' order}
-        "What a checkpoint keeps: two small values, the same in every process."
-        return {"consumed": self.consumed, "order": self._order()}
+    def state_dict(self) -> dict: # {"consumed": samples, "order": fingerprint of the samples' order}, and "place" of a blend
+        "What a checkpoint keeps: a few small values, the same in every process."
+        place = {"place": self.dataset.place(self.consumed)} if hasattr(self.dataset, "place") else {}
+        return {"consumed": self.consumed, "order": self._order(), **place}
 
     def load_state_dict(self,
         state: dict # from `state_dict`, of a loader in any number of processes
     ) -> None:
         "Go on behind the last sample consumed; says so if the order of samples is not the one that the state was made with."
-        self.consumed = state["consumed"]
-        if state["order"] != self._order() and rank_info().is_main:
+        self.consumed, same = state["consumed"], state["order"] == self._order()
+        if same and "place" in state: self.dataset.go_on(state["place"])
+        if not same and rank_info().is_main:
             say("The data, its split, seq_length, seed or number of epochs changed since the checkpoint: the samples to come are drawn in another order.")

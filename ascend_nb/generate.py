@@ -295,9 +295,9 @@ def fallback_stop(
 ) -> list: # stop words
     "Where there is no chat template, what opens the next question must end the answer; says so on stderr."
     if prompt_name(tokenizer) is None: return []
-    stop = PROMPT_TYPES[prompt_name(tokenizer)].user.split("{}")[0].strip()
-    say(phrase("chat_fallback", name=prompt_name(tokenizer), stop=stop))
-    return [stop]
+    stops = PROMPT_TYPES[prompt_name(tokenizer)].stops
+    say(phrase("chat_fallback", name=prompt_name(tokenizer), stop=", ".join(stops)))
+    return list(stops)
 
 def load(
     cfg # GenerateConfig or ChatConfig: model folder, device, dtype

@@ -136,6 +136,7 @@ class PackedDataset:
     def __len__(self): return self.size
     def __getitem__(self, i: int) -> Sample: return join([self.data.read(int(d)) for d in self.members(i)])
 
+# %% ../nbs/13a_instruct_sets.ipynb #d208289f
 def join(
     samples: list # of `Sample`
 ) -> Sample: # one behind the other, none of which sees another

@@ -52,9 +52,6 @@ class PromptType:
         slots = "".join(getattr(self, f.name) or "" for f in fields(self) if f.name.startswith("format_"))
         return (*dict.fromkeys([*self.needs, *self.stop_words, *re.findall(r"<[|｜][^<>|｜]+[|｜]>", slots)]),)
 
-    @property
-    def user(self) -> str: return self.format_user.replace("{{content}}", "{}") # around a question, as a format string
-
 # %% ../nbs/11_prompt_types.ipynb #64930717
 _SHAPE = """{%- set ns = namespace(turn=0, asked=messages | length - 1) -%}
 {%- set system = messages[0]['content'] TRIM if messages[0]['role'] == 'system' else DEFAULT -%}

@@ -1,4 +1,6 @@
 """Several sources as one, and the data sets of a whole run: against Megatron-LM, and across real processes."""
+import json
+
 import numpy as np
 import pytest
 from token_files import write_pairs, write_sft
@@ -54,8 +56,22 @@ def test_blend_can_be_read_anywhere(numbers):
     far, walked = (BlendedDataset(parts, [.5, .3, .2], 10**6) for _ in range(2))
     far.PIECE = walked.PIECE = 100
     assert far.source(1234) == [walked.source(i) for i in range(1235)][-1]
-    assert len(far) == 10**6
+    assert len(far) == 10**6 and len(far._kept) <= 4 >= len(walked._kept)
     with pytest.raises(IndexError): far[10**6]
+
+
+def test_a_far_place_is_found_without_the_way_there(numbers, monkeypatch):
+    "A blend that was resumed works out one piece, however far it is."
+    import ascend_nb.blends as module
+    parts = [GPTDataset(IndexedReader(numbers), 8, seed=s) for s in (1, 2, 3)]
+    first, second = (Loader(BlendedDataset(parts, [.5, .3, .2], 10**6), 4, list, consumed=c) for c in (300_000, 0))
+    state = json.loads(json.dumps(first.state_dict()))
+    steps = []
+    monkeypatch.setattr(module, "blend_step", lambda *a: (steps.append(a), blend_step(*a))[1])
+    second.load_state_dict(state)
+    for _ in range(3): assert all(np.array_equal(a.ids, b.ids) for a, b in zip(next(first), next(second), strict=True))
+    assert [a[2] for a in steps] == [300_000 // BlendedDataset.PIECE * BlendedDataset.PIECE]
+    assert second.dataset.source(5) == first.dataset.source(5), "and backwards it still knows the beginning"
 
 
 def test_blends_of_instructions(tmp_path):

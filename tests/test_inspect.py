@@ -4,6 +4,7 @@ import re
 import shlex
 import subprocess
 import sys
+from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -242,18 +243,19 @@ def test_the_wrong_tokenizer_is_told(made):
     with pytest.raises(UserError, match="made with this tokenizer"): show_sample(made / "chats", 0, sample_tokenizer())
 
 
+class Tags(HTMLParser):
+    "Which tags are open; none may be a script."
+    def __init__(self, page): super().__init__(); self.open = []; self.feed(page)
+    def handle_starttag(self, tag, attrs): assert tag not in ("script", "weird"); self.open += [tag] * (tag != "hr")
+    def handle_endtag(self, tag): assert self.open.pop() == tag
+
+
 def test_views_are_whole_html(made, qwen, tmp_path):
     "Every tag is closed, and what a row says cannot become a tag."
-    from html.parser import HTMLParser
     evil = "<script>alert(1)</script> & <b>"
-    (tmp_path / "e.jsonl").write_text(json.dumps(dict(instruction=evil, output=evil, **{"<i>": 1})) + "\n" + json.dumps(dict(instruction=evil, output=3)) + "\n")
+    (tmp_path / "e.jsonl").write_text(json.dumps(dict(instruction=evil, output=evil, **{"<weird>": 1})) + "\n" + json.dumps(dict(instruction=evil, output=3)) + "\n")
     for view in (show_sample(tmp_path / "e.jsonl", 0, qwen, seq_length=12), show_sample(made / "packed", 0, qwen), sniff(tmp_path / "e.jsonl", qwen), sniff(tmp_path / "e.jsonl"), report(made / "chats")):
-        page, open_tags = view._repr_html_(), []
-        class Check(HTMLParser):
-            def handle_starttag(self, tag, attrs): assert tag != "script"; open_tags.extend([tag] * (tag != "hr"))
-            def handle_endtag(self, tag): assert open_tags.pop() == tag
-        Check().feed(page)
-        assert not open_tags and "<i>" not in page.replace("<i>no tokenizer", "").replace("<i>1 ", "")
+        assert Tags(view._repr_html_()).open == []
 
 
 def test_the_cut_is_marked(made, qwen):

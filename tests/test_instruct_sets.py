@@ -244,3 +244,16 @@ def test_real_pairs(shared_data, tmp_path):
         assert q == int(np.argmax(r.labels != -100)) and np.array_equal(c.ids[:q + 1], r.ids[:q + 1]) and not np.array_equal(c.ids, r.ids)
     assert len(collate_pairs(0)([ds[0], ds[1]]).input_ids) == 4
 
+
+@pytest.mark.slow
+def test_a_batch_of_pairs_is_trls(tmp_path):
+    "The collator of trl's DPO trainer on the same pairs: the same rows in the same order, learnt at the same places."
+    trl = pytest.importorskip("trl.trainer.dpo_trainer", reason="trl is absent: pip install \"ascend_nb[dev]\" brings it")
+    rows = [(3, 4, 2), (2, 1, 6), (5, 2, 2)]
+    ds = PairDataset(write_pairs(tmp_path / "p", rows), 32, shuffle=False)
+    ours = collate_pairs(0, 1)([ds[i] for i in range(3)])
+    parts = [{f"{side}_ids": ds.readers[f"{side}_input_ids"][i][q:].tolist() for side in ("chosen", "rejected")}
+             | {"prompt_ids": ds.readers["chosen_input_ids"][i][:q].tolist()} for i, (q, *_) in enumerate(rows)]
+    theirs = trl.DataCollatorForPreference(pad_token_id=0)(parts)
+    assert torch.equal(ours.input_ids, theirs["input_ids"])
+    assert torch.equal((ours.labels != -100)[:, :-1], theirs["completion_mask"][:, 1:].bool())

@@ -18,8 +18,18 @@ from ascend_nb.preprocess import run
 from ascend_nb.training import build, loaders, resolve
 
 
-@pytest.fixture
-def tok(shared_data): return str(shared_data / "tokenizers" / "qwen2")
+@pytest.fixture(scope="module")
+def tok(tmp_path_factory):
+    "A small tokenizer with a chat template: loaded in no time."
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    words, folder = Tokenizer(models.BPE()), tmp_path_factory.mktemp("tok")
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    specials = ["<eos>", "<|im_start|>", "<|im_end|>"]
+    words.train_from_iterator(["the answer is here"], trainers.BpeTrainer(special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    words.save(str(folder / "tokenizer.json"))
+    template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    (folder / "tokenizer_config.json").write_text(json.dumps(dict(eos_token="<eos>", chat_template=template)))
+    return str(folder)
 
 
 @pytest.fixture
@@ -32,7 +42,7 @@ def raw(shared_data, tmp_path):
 
 
 def config(tmp_path, tok, *path, **kw):
-    return DataConfig(data_path=[str(p) for p in path], tokenizer_name_or_path=tok, split="1", seq_length=512, data_cache_path=str(tmp_path / "cache"), **kw)
+    return DataConfig(data_path=[str(p) for p in path], tokenizer_name_or_path=tok, split="1", seq_length=4096, data_cache_path=str(tmp_path / "cache"), **kw)
 
 
 def notes(tmp_path): return sorted((tmp_path / "cache" / "prepared").glob("*.json"))
@@ -71,7 +81,7 @@ def test_another_tokenizer_is_another_key(tmp_path, tok, raw):
     first = prepared(data, "sft")
     assert prepared(config(tmp_path, tok, raw), "sft") == replace(first, tokenizer_name_or_path=tok), "the same files in another place"
     settings = tmp_path / "tok" / "tokenizer_config.json"
-    settings.write_text(settings.read_text().replace("You may call", "You may use"))
+    settings.write_text(settings.read_text().replace("<|im_start|>{{ m.role }}", "<|im_start|>({{ m.role }})"))
     assert prepared(data, "sft").data_path != first.data_path
 
 
@@ -81,7 +91,7 @@ def test_another_tokenizer_is_another_key(tmp_path, tok, raw):
 ])
 def test_real_files_of_every_stage(shared_data, tmp_path, tok, stage, name, kw):
     data = config(tmp_path, tok, shared_data / name, max_samples=40, append_eod=stage == "pretrain", **kw)
-    ds = build_datasets(prepared(data, stage), stage, dict(train=20), 1, 200_000)["train"]
+    ds = build_datasets(prepared(replace(data, seq_length=256 if stage == "pretrain" else 4096), stage), stage, dict(train=20), 1, 200_000)["train"]
     first = ds[0][0] if stage == "pair" else ds[0]
     assert len(ds) >= 20 and (first.labels != -100).any()
 
@@ -140,7 +150,7 @@ from ascend_nb.blends import build_datasets
 from ascend_nb.config import DataConfig
 from ascend_nb.core import UserError
 from ascend_nb.prepared import prepared
-data = DataConfig(data_path=[{str(raw)!r}], tokenizer_name_or_path={tok!r}, data_cache_path={str(tmp_path / "cache")!r}, split="1", seq_length=512)
+data = DataConfig(data_path=[{str(raw)!r}], tokenizer_name_or_path={tok!r}, data_cache_path={str(tmp_path / "cache")!r}, split="1", seq_length=4096)
 try: ds = build_datasets(prepared(data, "sft"), "sft", dict(train=30), 1)["train"]
 except UserError as e: print(e.key); sys.exit(2)
 print(int(sum(ds[i].ids.sum() for i in range(30))))
@@ -155,8 +165,8 @@ dist.destroy_process_group()
 
 
 def whole(tmp_path, tok, raw):
-    return RunConfig(ModelConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=512),
-                     replace(config(tmp_path, tok, raw, packing=True), split="80,20", seq_length=512),
+    return RunConfig(ModelConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=2048),
+                     replace(config(tmp_path, tok, raw, packing=True), split="80,20", seq_length=2048),
                      train=TrainConfig(stage="sft", save=str(tmp_path / "run"), train_iters=2, micro_batch_size=1, eval_interval=1, eval_iters=1, device="cpu"))
 
 

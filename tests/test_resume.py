@@ -262,6 +262,7 @@ def test_a_full_disk_is_one_sentence_and_the_work_goes_on_later(web, chats, shar
     same(calm, "text", tmp_path, said)
 
 
+@pytest.mark.slow
 def test_another_command_or_other_data_starts_over(tok, tmp_path):
     (tmp_path / "x.txt").write_text("one two three\n" * 20_000)
     cfg = dict(input=str(tmp_path / "x.txt"), output_prefix=str(tmp_path / "out"), tokenizer_name_or_path=tok)
