@@ -167,7 +167,7 @@ def test_parts_merge_to_what_one_process_writes(tmp_path, n_parts):
     for i, docs in enumerate(pieces):
         k = i % n_parts
         new = seen[k].fresh(np.array([f"{d:016}" for d, _ in docs], "S16"))
-        mine = [d for d, ok in zip(docs, new) if ok]
+        mine = [d for d, ok in zip(docs, new, strict=False) if ok]
         items, batches = np.zeros(len(mine), ITEM), []
         counts = dict(duplicates=int((~new).sum()), short=sum(outcome[d] for d, _ in mine), documents=sum(not outcome[d] for d, _ in mine), tokens=0)
         for j, (d, seqs) in enumerate(mine):
@@ -203,7 +203,7 @@ def test_packed_rows_against_a_plain_rewriting(tmp_path, neat):
     with Part(tmp_path / "p", [tmp_path / "x"] * 3) as part:
         for i in range(0, 300, 50):
             some, sizes = samples[i:i + 50], [len(s[0]) for s in samples[i:i + 50]]
-            ids, labels = (np.concatenate(x).astype(np.int32) for x in zip(*some))
+            ids, labels = (np.concatenate(x).astype(np.int32) for x in zip(*some, strict=False))
             part.put(i, [(ids, sizes, None), (np.ones_like(ids), sizes, None), (labels, sizes, None)], {})
         part.mark(done=True)
     names = [tmp_path / k for k in ("ids", "mask", "labels")]
@@ -216,7 +216,7 @@ def test_packed_rows_against_a_plain_rewriting(tmp_path, neat):
         for number, i in enumerate(m, 1):
             want[0].extend(samples[i][0].tolist()); want[1].extend([number if neat else 1] * len(samples[i][0]))
             want[2].extend([-100, *samples[i][1].tolist()[1:]])
-        for w, fill in zip(want, (pad, 0 if neat else 1, -100)): w.extend([fill] * (L - len(w)))
+        for w, fill in zip(want, (pad, 0 if neat else 1, -100), strict=False): w.extend([fill] * (L - len(w)))
         assert [g[row] for g in got] == list(want)
 
 
