@@ -8,7 +8,7 @@ __all__ = ['pack_bins', 'bin_members', 'length_report', 'plot_lengths']
 # %% ../nbs/12b_packing.ipynb #0df45d9d
 from bisect import bisect_left, insort
 import numpy as np
-from .core import UserError, messages, need
+from .core import UserError, messages
 
 # %% ../nbs/12b_packing.ipynb #9e9950c6
 messages(
@@ -106,11 +106,13 @@ def plot_lengths(
     title: str = "" # above the picture
 ): # a matplotlib Figure: shows itself in a notebook, `.savefig(path)` elsewhere
     "The histogram of lengths; a line marks the row length where one was given."
-    figure = need("matplotlib.figure", "plots", "the picture of lengths").Figure(figsize=(7, 3), layout="constrained")
-    ax, edges = figure.subplots(), numbers["histogram"]["edges"]
+    from matplotlib import pyplot
+    (figure, ax), edges = pyplot.subplots(figsize=(7, 3), layout="constrained"), numbers["histogram"]["edges"]
     ax.bar(edges[:-1], numbers["histogram"]["counts"], np.diff(edges), align="edge", color="#4878a8", edgecolor="white", linewidth=.4)
     ax.set(xscale="log", xlabel="tokens", ylabel="sequences", title=title or f"{numbers['sequences']:,} sequences, {numbers['tokens']:,} tokens")
+    for axis in ("set_major_formatter", "set_minor_formatter"): getattr(ax.xaxis, axis)(lambda x, _: f"{x:,.0f}" if f"{x:.0e}"[0] in "125" else "")
     for at, name in ((numbers["median"], "median"), (numbers.get("seq_length"), "seq_length")):
         if at: ax.axvline(at, color="#b04030", linestyle="-" if name == "median" else "--", label=f"{name} {at:,.0f}")
     ax.legend(frameon=False)
+    pyplot.close(figure) # shown once, as the value of its cell
     return figure
