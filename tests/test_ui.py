@@ -24,7 +24,7 @@ from ascend_nb.ui.forms import CodeView, command_line, form, python_cell
 from ascend_nb.ui.run_view import Tail, draw, show_run, summary
 from conftest import ROOT
 
-WHOLE = [RunConfig(), TrainConfig(), QuickstartConfig(), SampleConfig(), PreprocessConfig("a", "b", "c"), EvalConfig("m", "d"), FetchConfig("hf:a/b", "x"),
+WHOLE = [RunConfig(), TrainConfig(), QuickstartConfig(), SampleConfig(), PreprocessConfig(input="a", output_prefix="b", tokenizer_name_or_path="c"), EvalConfig("m", "d"), FetchConfig("hf:a/b", "x"),
          GenerateConfig(model="m", stop=["a b", "c"]), ChatConfig(model="m"), RunConfig(train=TrainConfig(lr=1e-3, dtype="bf16"))]
 
 
