@@ -240,6 +240,7 @@ def bind(
     only: bool = False # are unnamed columns not read at all? So it is in LLaMA-Factory's dataset_info.json
 ) -> Handler: # one that reads this data's names
     "Rename columns and tags, as ModelLink's --map-keys. Raises UserError for a name that the handler does not know."
+    if not isinstance((map_keys or {}).get("tags") or {}, dict): raise UserError("bad_map_value", key="tags", value=map_keys["tags"])
     names, tags = {k: v for k, v in (map_keys or {}).items() if k != "tags"}, (map_keys or {}).get("tags") or {}
     allowed = ", ".join([*handler.columns, *["tags"] * bool(handler.tags)]) or "none"
     for known, given in ((handler.columns, names), (handler.tags, tags)):

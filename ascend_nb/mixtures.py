@@ -212,13 +212,13 @@ def _code(handler):
     "What the handler's words mean: changes when they are rewritten."
     make = HANDLERS.get(handler.name, handler).make
     module = getattr(make, "__module__", "")
-    try: source = inspect.getsource(sys.modules[module] if module.startswith("ascend_nb.") else make)
+    try: source = inspect.getsource(sys.modules[module] if module != "__main__" else make)
     except (OSError, TypeError): source = handler.name # typed into an interpreter, or no function
     return hashlib.sha256((inspect.getsource(turns) + source).encode()).hexdigest()[:16]
 
 def _identity(self: Source) -> dict: # JSON-able
     "Everything that the items depend on: equal identities, equal items."
-    def stamp(f): s = f.stat(); return [str(f.resolve()), s.st_size, s.st_mtime_ns]
+    def stamp(f): s = f.stat(); return [str(f.resolve()), s.st_size, s.st_mtime_ns, s.st_ctime_ns] # ctime: tools that copy restore the other time
     parts = [dict(files=[stamp(f) for f in p.rows.files], loaded=isinstance(p.rows, LoadedRows), handler=p.handler.name, kind=p.handler.kind,
                   map_keys=p.handler.map_keys, reads=p.handler.reads, code=_code(p.handler), max_samples=p.limit, json_keys=list(p.keys))
              for p in self.parts]

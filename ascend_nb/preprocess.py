@@ -24,6 +24,7 @@ from .merging import merge_groups
 from .mixtures import REGISTRY, open_source
 from .packing import length_report, plot_lengths
 from .parts import ITEM, Part, Seen, forget_marks, merge_parts, pack_rows, part_job, start_parts, work_folder
+from .prompt_types import load_prompt_types
 from .rows import BadRows
 from .schema import from_dict, to_dict
 from .tokenizers import Tokenizer, load_tokenizer
@@ -121,6 +122,7 @@ _FREE = ("input", "workers", "report", "resume", "streaming", "overwrite_cache",
 
 def _plan(cfg: PreprocessConfig, source, tokenizer: Tokenizer, n: int) -> dict:
     "Everything that decides the bytes."
+    if cfg.prompt_type_path: load_prompt_types(cfg.prompt_type_path)
     files = {p: hashlib.blake2b(Path(p).read_bytes(), digest_size=16).hexdigest() for p in (cfg.prompt_type_path,) if p}
     flags = {k: v for k, v in to_dict(cfg).items() if k not in _FREE}
     return dict(flags, version=__version__, parts=n, source=source.identity(), tokenizer=tokenizer.fingerprint(), files=files)

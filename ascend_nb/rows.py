@@ -166,7 +166,7 @@ def _values(path):
         pos += array
         while True:
             pos = _GAP.match(buf, pos).end()
-            if array and buf[pos:pos + 1] == "]": break
+            if buf[pos:pos + 1] in ("[", "]") and buf[pos] == "["[:not array] + "]"[:array]: array, pos = not array, pos + 1; continue # `cat a.json b.json`
             try: row, pos = decode(buf, pos)
             except json.JSONDecodeError as e:
                 cut = e.pos > len(buf) - 16 or e.msg.startswith("Unterminated string") # as a text looks that stops too early
