@@ -1054,6 +1054,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'ascend_nb.tokenizers._not_text': ('tokenizers.html#_not_text', 'ascend_nb/tokenizers.py'),
                                       'ascend_nb.tokenizers._read_json': ('tokenizers.html#_read_json', 'ascend_nb/tokenizers.py'),
                                       'ascend_nb.tokenizers._render': ('tokenizers.html#_render', 'ascend_nb/tokenizers.py'),
+                                      'ascend_nb.tokenizers._twin': ('tokenizers.html#_twin', 'ascend_nb/tokenizers.py'),
                                       'ascend_nb.tokenizers._wanted': ('tokenizers.html#_wanted', 'ascend_nb/tokenizers.py'),
                                       'ascend_nb.tokenizers.load_tokenizer': ('tokenizers.html#load_tokenizer', 'ascend_nb/tokenizers.py')},
             'ascend_nb.trainer': { 'ascend_nb.trainer.Callback': ('trainer.html#callback', 'ascend_nb/trainer.py'),
