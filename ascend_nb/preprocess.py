@@ -266,9 +266,11 @@ def _result(cfg: PreprocessConfig, counts: Counter, bad: list, lengths) -> dict:
     out["skipped"] = sum(counts[k] for k in _LEFT_OUT if k != "bad_rows")
     rows = [dict(row=b["row"], why=b["why"]) for b in bad]
     out["bad_examples"] = rows[:5]
+    listed = Path(f"{cfg.output_prefix}_bad_rows.jsonl")
     if cfg.on_bad_row == "report" and rows:
-        out["bad_rows_file"] = f"{cfg.output_prefix}_bad_rows.jsonl"
-        with atomic_file(out["bad_rows_file"]) as f: f.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
+        out["bad_rows_file"] = str(listed)
+        with atomic_file(listed) as f: f.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
+    else: listed.unlink(missing_ok=True) # of an earlier run
     if "learned" in counts: out["trained_tokens"] = counts["learned"]
     if cfg.pack: out.update(rows=counts["rows"], filled=round(counts["tokens"] / (counts["rows"] * cfg.seq_length), 4))
     if cfg.report: out["lengths"] = length_report(lengths, cfg.seq_length)
