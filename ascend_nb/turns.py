@@ -27,7 +27,7 @@ class Pair:
 # %% ../nbs/10a_turns.ipynb #cc52ef30
 messages(
     a_type=("a {type}", "{type} 类型的值"), a_list_of=("a list that holds a {type}", "含有 {type} 的列表"),
-    in_turn=("{what} in turn {n}", "第 {n} 轮的 {what}"), no_turns=("no turns", "空对话"), either=("{a} or {b}", "{a} 或 {b}"),
+    in_turn=("{what} in turn {n}", "第 {n} 轮的 {what}"), under=("{what} under {key!r}", "{key!r} 下的 {what}"), no_turns=("no turns", "空对话"), either=("{a} or {b}", "{a} 或 {b}"),
     turn_first=("{what} first", "{what} 作为首轮"), turn_last=("{what} last", "{what} 作为末轮"),
     turn_behind=("{what} behind {before}", "{before} 之后的 {what}"), want_caller=("an answer that calls it", "调用它的回答"),
     part_type=("a part of type {type!r}", "类型为 {type!r} 的片段"), want_parts=("text, or a list of parts", "文本或由片段组成的列表"),
@@ -95,13 +95,13 @@ def _silent(record):
     answered = False
     for m in record.messages:
         answered = answered or m["role"] == "assistant"
-        if m["role"] in ("user", "assistant") and not m["content"].strip() and "tool_calls" not in m: return True
+        if m["role"] in ("user", "assistant") and not (m["content"].strip() or "tool_calls" in m or m.get("reasoning_content", "").strip()): return True
     return not answered
 
 def filled(
     record: Record | Pair # a chat, or two
 ) -> Record | Pair | None: # itself; None where a question or an answer is empty
-    "Leave out a chat in which somebody says nothing. An answer that only calls a tool says something."
+    "Leave out a chat in which somebody says nothing. An answer that only calls a tool, or only thinks, says something."
     silent = _silent(record.chosen) or _silent(record.rejected) if isinstance(record, Pair) else _silent(record)
     return None if silent else record
 
@@ -253,6 +253,10 @@ def moss_turns(
     "The turns of a MOSS chat, without its markers. Raises BadCell for anything but a dict."
     turns = row[key]
     if not isinstance(turns, dict): raise BadCell(key, _type(turns), phrase("want_moss"))
-    said = [(cell(t, "Human"), cell(t, "MOSS")) for t in turns.values() if isinstance(t, dict)]
+    def number(k): return int((re.findall(r"\d{1,9}", str(k)) or [0])[-1]) # by number, not in the order of the file, where turn_10 may come before turn_2
+    turns = [(k, turns[k]) for k in sorted(turns, key=number) if turns[k] is not None]
+    for k, t in turns:
+        if not isinstance(t, dict): raise BadCell(key, phrase("under", what=_type(t), key=k), phrase("want_moss"))
+    said = [(cell(t, "Human"), cell(t, "MOSS")) for _, t in turns]
     said = [(q.replace("<eoh>", "").replace("<|Human|>:", "").strip(), a.replace("<eom>", "").replace("<|MOSS|>:", "").strip()) for q, a in said]
     return [t for t in said if all(t)]
