@@ -438,6 +438,17 @@ def test_english_and_chinese(monkeypatch):
         assert not re.search(r"\b(turn|text|list|last|first|expected|object|answer|calls|or|behind)\b", prose), prose
 
 
+def test_one_table_of_names():
+    "The second guess of `data sniff` looks for the words that the first guess knows as whole names."
+    from ascend_nb.handlers import ASKS, TELLS
+    from ascend_nb.scan import second_guess
+    for ask in ASKS:
+        for tell in TELLS:
+            if (ask, tell) != ("input", "output"): assert guess_handler([{ask: "q", tell: "a"}])[0].name == "AlpacaStyleInstructionHandler"
+            cfg, _ = second_guess(RowsConfig(), [{f"{tell}_id": "7", f"my_{tell}": "a", f"my_{ask}": "q"}])
+            assert cfg.map_keys == dict(prompt=f"my_{ask}", response=f"my_{tell}")
+
+
 def test_why_in_chinese(monkeypatch, shared_data, tmp_path):
     "Why a handler was taken is said in Chinese as well: columns, json_keys, map_keys, a registry, a handler that was asked for."
     monkeypatch.setenv("ASCEND_NB_LANG", "zh")
