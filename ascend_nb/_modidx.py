@@ -1134,6 +1134,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'ascend_nb.turns._message': ('turns.html#_message', 'ascend_nb/turns.py'),
                                  'ascend_nb.turns._parsed': ('turns.html#_parsed', 'ascend_nb/turns.py'),
                                  'ascend_nb.turns._silent': ('turns.html#_silent', 'ascend_nb/turns.py'),
+                                 'ascend_nb.turns._thought': ('turns.html#_thought', 'ascend_nb/turns.py'),
                                  'ascend_nb.turns._type': ('turns.html#_type', 'ascend_nb/turns.py'),
                                  'ascend_nb.turns.belle_turns': ('turns.html#belle_turns', 'ascend_nb/turns.py'),
                                  'ascend_nb.turns.cell': ('turns.html#cell', 'ascend_nb/turns.py'),

@@ -296,7 +296,10 @@ def _guess(v):
     if _turn(v.get("messages"), "role"): return "OpenAIInstructionHandler", None
     if _turn(v.get("conversations"), "role"): return "OpenAIInstructionHandler", {"messages": "conversations"}
     for key in ("conversations", "messages"):
-        if _turn(v.get(key), "from"): return "SharegptStyleInstructionHandler", {"messages": key} if key == "messages" else None
+        if not _turn(v.get(key), "from"): continue
+        openai = any(isinstance(m, dict) and m.get("from") in ["user", "assistant"] for m in v[key]) # ShareGPT's keys, OpenAI's speakers
+        tags = {"tags": dict(user_tag="user", assistant_tag="assistant")} if openai else {}
+        return "SharegptStyleInstructionHandler", ({"messages": key} if key == "messages" else {}) | tags or None
     for name in ("LeetcodePythonInstructionHandler", "StackOverflowPythonPretrainHandler"):
         if all(k in v for k in HANDLERS[name].needs): return name, None
     if isinstance(v.get("chat"), dict): return "MOSSMultiTurnHandler", None

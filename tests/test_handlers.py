@@ -244,6 +244,11 @@ def test_openai():
     for thought in (dict(content="", reasoning_content="hm"), dict(content=None, reasoning_content="hm"), dict(content=[dict(type="reasoning", value="hm")])):
         assert use(dict(messages=[m[1], dict(role="assistant", **thought)])).messages[1] == dict(role="assistant", content="", reasoning_content="hm"), "an answer that only thinks"
     assert use(dict(messages=[m[1], dict(role="assistant", content=" ", reasoning_content=" ")])) is None
+    for thought in (dict(reasoning="hm", content="a"), dict(thinking="hm", content="a"), dict(content=[dict(type="thinking", thinking="hm", signature="x"), dict(type="text", text="a")])):
+        assert use(dict(messages=[m[1], dict(role="assistant", **thought)])).messages[1] == dict(role="assistant", content="a", reasoning_content="hm"), "other names of a thought"
+    for none in ({}, dict(arguments=None), dict(arguments=""), dict(arguments={}), dict(arguments="{}")):
+        said = use(dict(messages=[m[1], dict(role="assistant", content=None, tool_calls=[dict(function=dict(name="f", **none))])]))
+        assert said.messages[1]["tool_calls"][0]["function"] == dict(name="f", arguments={}), "a call without arguments"
     old = [m[1], dict(role="assistant", content=None, function_call=dict(name="f", arguments="{}")), dict(role="function", name="f", content="1"), dict(role="assistant", content="a")]
     assert use(dict(messages=old, system="s")).messages[2]["tool_calls"][0]["function"] == dict(name="f", arguments={})
     parts = [dict(type="reasoning", value="hm"), dict(type="text", value="a"), dict(type="tool_call", value='{"name": "f", "arguments": {}}')]
@@ -283,6 +288,7 @@ WRONG = [ # handler, row, what is said
     ("SharegptStyleInstructionHandler", dict(conversations=[{"from": "system", "value": 7}]), "in turn 1 .*expected text under 'value'"),
     ("OpenAIInstructionHandler", dict(messages=[dict(role={}, content="a")]), "in turn 1 .*expected 'system'"),
     ("OpenAIInstructionHandler", dict(messages=[]), "no turns in column 'messages'"),
+    ("OpenAIInstructionHandler", dict(messages=[dict(role="user", content="q"), dict(role="assistant", content="a", reasoning_content=7)]), "'7' in turn 2 in column 'messages' .*text under 'reasoning_content'"),
     ("OpenAIInstructionHandler", dict(messages=[dict(role="user", content=[dict(type="text", text=7)])]), "in turn 1 .*text under 'text'"),
     ("OpenAIInstructionHandler", dict(messages=[dict(role="user", content=7)]), "'7' in turn 1 .*list of parts"),
     ("OpenAIInstructionHandler", dict(messages=[dict(role="user", content="q"), dict(role="assistant", content="", tool_calls="{")]), "in turn 2 .*JSON object"),
@@ -436,6 +442,16 @@ def test_english_and_chinese(monkeypatch):
         with pytest.raises(UserError, match="x.jsonl 第 2 行.*(应为|中没有列)") as e: convert([row], get_handler(name), Place(HERE, 2))
         prose = re.sub(r"'[^']*'|\"[^\"]*\"|\[.*?\]|\w+ 类型|含有 \w+ 的", "", str(e.value))
         assert not re.search(r"\b(turn|text|list|last|first|expected|object|answer|calls|or|behind)\b", prose), prose
+
+
+def test_sharegpts_keys_with_openais_speakers():
+    "And a thought beside an answer, which stays."
+    for key in ("conversations", "messages"):
+        row = {key: [{"from": "user", "value": "q"}, {"from": "assistant", "value": "a", "reasoning_content": "hm"}]}
+        made, _ = guess_handler([row])
+        want = [dict(role="user", content="q"), dict(role="assistant", content="a", reasoning_content="hm")]
+        assert made(row).messages == want == bind(get_handler(made.name), made.map_keys)(row).messages
+    assert guess_handler([share(("human", "q"), ("gpt", "a"))])[0] is HANDLERS["SharegptStyleInstructionHandler"]
 
 
 def test_one_table_of_names():
