@@ -6,6 +6,7 @@ import logging
 import os
 import pickle
 import random
+import re
 import subprocess
 import sys
 import types
@@ -431,6 +432,20 @@ def test_list_of_handlers_is_complete():
                  "SharegptStyleInstructionHandler", "OpenAIInstructionHandler", "LlamaFactoryInstructionHandler", "BelleMultiTurnInstructionHandler", "MOSSInstructionHandler", "MOSSMultiTurnHandler",
                  "LeetcodePythonInstructionHandler", "AlpacaStylePairwiseHandler", "SharegptStylePairwiseHandler"]
     assert set(modellink) <= set(HANDLERS)
+
+
+@pytest.mark.parametrize("name, data, cfg", [
+    ("none.jsonl", None, {}), ("a.pdf", b"x", {}), ("a.csv", b"a,a\n1,2\n", {}), ("a.csv", b"text\na,b\n", {}), ("a.json", b'[{"text": "a"', {}), ("a.json", b'[{"text": "\xff"}]', {}), ("a.jsonl", b'{"text": }\n', {}),
+    ("a.jsonl", b"[1]\n", {}), ("a.parquet", b"PAR1", {}), ("a.jsonl", b'{"n": 1}\n', {}), ("a.jsonl", b'{"text": "a"}\n', dict(interleave_probs=[.5, .5])), ("a.jsonl", b'{"text": "a"}\n', dict(map_keys=dict(prompt="q"))),
+    ("a.jsonl", b'{"text": "a"}\n', dict(dataset_dir=".")), ("a.jsonl", b'{"text": "a"}\n', dict(hf_datasets_params="none.json")), ("a.jsonl", b'{"text": "a"}\n', dict(json_keys=["n"], handler_name="GeneralPretrainHandler"))])
+def test_what_is_wrong_is_said_in_chinese(tmp_path, monkeypatch, name, data, cfg):
+    "All of the sentence, but for names, values and what other libraries say."
+    monkeypatch.setenv("ASCEND_NB_LANG", "zh")
+    monkeypatch.chdir(tmp_path)
+    if data is not None: Path(name).write_bytes(data)
+    with pytest.raises(UserError) as e: list(open_source(RowsConfig(**cfg), name))
+    prose = re.sub(r"（[^（）]*）" if name in ("a.parquet",) or b"}" in (data or b"")[-3:] else r"\x00", "", str(e.value))
+    assert re.search("[\u4e00-\u9fff]", prose) and not re.search(r"\b(expected|a file|folder|Check|the|found|nothing|with|names|early|cells|registry|arguments)\b", prose), prose
 
 
 MEMORY = """
