@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAGIC', 'DTYPES', 'JOURNAL', 'best_dtype', 'IndexedWriter', 'roll_forward', 'commit_all', 'write_together',
-           'pairs_like', 'IndexedReader']
+           'pairs_like', 'IndexedReader', 'need_same_shape']
 
 # %% ../nbs/12_indexed.ipynb #0dbe2caf
 import json, os, shutil, struct, tempfile
@@ -284,6 +284,9 @@ def write_together(
 
 # %% ../nbs/12_indexed.ipynb #dc883252
 messages(
+    unequal_fields=("Found {got:,} sequences with {tokens:,} tokens in {path}; expected those of {like}, {want:,} with {want_tokens:,}, each of the same length: "
+                    "the files are not of one run. Preprocess again.",
+                    "{path} 含 {got:,} 条序列、{tokens:,} 个词元；应与 {like} 相同（{want:,} 条、{want_tokens:,} 个，且逐条等长）：这些文件不是同一次生成的。请重新预处理。"),
     no_pair=("Found no {path}; expected the pair {prefix}.bin and {prefix}.idx. {hint}", "没有找到 {path}；应有成对的 {prefix}.bin 与 {prefix}.idx。{hint}"),
     bad_magic=("Found {got} at the start of {path}; expected {want}: this is no Megatron index. Make it again with `ascend_nb preprocess`.",
                "{path} 开头是 {got}；应为 {want}：这不是 Megatron 索引。请用 `ascend_nb preprocess` 重新生成。"),
@@ -375,3 +378,12 @@ def __getitem__(self: IndexedReader, i): return [self.get(j) for j in range(*i.i
 def __repr__(self: IndexedReader):
     docs, kind = len(self.document_indices) - 1, np.dtype(self.dtype).name
     return f"IndexedReader({Path(self.prefix).name}: {docs:,} documents, {len(self):,} sequences, {self.num_tokens:,} tokens, {kind})"
+
+# %% ../nbs/12_indexed.ipynb #9f73c9f6
+def need_same_shape(
+    reader: IndexedReader, # labels or a mask
+    like: IndexedReader # the ids that they belong to
+) -> None:
+    "Raise UserError where two pairs cannot be of one run: other sequences, or other lengths."
+    if not np.array_equal(reader.lengths, like.lengths):
+        raise UserError("unequal_fields", got=len(reader), tokens=reader.num_tokens, path=reader.prefix, like=like.prefix, want=len(like), want_tokens=like.num_tokens)

@@ -11,14 +11,12 @@ import numpy as np
 from fastcore.basics import patch
 from .core import UserError, messages, phrase, rank_info, say
 from .datasets import Batch, Sample, check_ids, collate_sft
-from .indexed import IndexedReader
+from .indexed import IndexedReader, need_same_shape
 from .packing import pack_bins
 from .sample_index import content_key, epoch_order
 
 # %% ../nbs/13a_instruct_sets.ipynb #cdd23874
 messages(
-    unequal_fields=("Found {got} sequences or other lengths in {path}; expected those of {like}: the files are not of one run. Preprocess again.",
-                    "{path} 含 {got} 个序列或长度不一致；应与 {like} 相同：这些文件不是同一次生成的。请重新预处理。"),
     cut=("{name}: samples longer than seq_length={seq}, which are cut {how}: {long:,} of {n:,}; with no answer left, and left out: {lost:,}. "
          "The longest has {longest:,} tokens: raise seq_length to keep more.",
          "{name}：{n:,} 个样本中有 {long:,} 个超过 seq_length={seq}，将{how}；其中 {lost:,} 个不再含有回答，已去掉。最长样本为 {longest:,} 个 token：增大 seq_length 可保留更多。"),
@@ -50,7 +48,7 @@ class Instructions:
         self.readers = {f: IndexedReader(f"{prefix}_packed_{f}_document") for f in self.FIELDS}
         for f, r in self.readers.items():
             like = self.readers[self.LIKE.get(f, f)]
-            if not np.array_equal(r.lengths, like.lengths): raise UserError("unequal_fields", got=len(r), path=r.prefix, like=like.prefix)
+            need_same_shape(r, like)
         lo, hi = documents or (0, len(self.readers[self.FIELDS[0]]))
         lost = self._lost(lo, hi)
         self.usable = np.setdiff1d(np.arange(lo, hi), lost) # samples of the file that can be drawn

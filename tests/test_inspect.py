@@ -2,6 +2,7 @@
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -275,6 +276,17 @@ def test_report_counts_what_numpy_counts(made, tmp_path):
     assert main(["data", "report", str(made / "chats"), "--out", str(tmp_path / "out"), "--json"]) == 0
     saved = json.loads((tmp_path / "out/report.json").read_text())
     assert saved["input_ids"]["tokens"] == got["tokens"] and (tmp_path / "out/lengths.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_labels_of_another_run_are_noticed(made, qwen, tmp_path):
+    "One pair of a set is exchanged for a longer one: show and report name both files."
+    pairs = find_pairs(made / "chats")
+    for k, p in pairs.items():
+        for ext in (".bin", ".idx"): shutil.copy(p + ext, tmp_path / f"x_packed_{k}_document{ext}")
+    with IndexedWriter(tmp_path / "x_packed_labels_document") as w:
+        w.add_many([r.tolist() for r in IndexedReader(pairs["labels"])[:]] + [[1, 2]])
+    for look in (lambda: report(tmp_path / "x"), lambda: show_sample(tmp_path / "x", 0, qwen)):
+        with pytest.raises(UserError, match="x_packed_labels_document; expected those of .*x_packed_input_ids_document"): look()
 
 
 @pytest.mark.parametrize("name", ["chats", "chats_packed_input_ids_document", "chats_packed_labels_document.bin", "chats_packed_attention_mask_document.idx"])
