@@ -246,7 +246,7 @@ def _words(code):
 def _sources(f, seen):
     "Source of the file or notebook cell of a function, and of the functions and values of your own that it names."
     f = inspect.unwrap(getattr(f, "func", f)) # a partial's function
-    code = getattr(f, "__code__", None) or getattr(getattr(type(f), "__call__", None), "__code__", None)
+    code = getattr(f, "__code__", None) or getattr(vars(type(f)).get("__call__"), "__code__", None)
     if code is None or code in seen: return
     seen.add(code)
     try: yield "".join(inspect.findsource(code)[0])

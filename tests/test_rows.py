@@ -287,7 +287,7 @@ def test_bytes_that_are_not_utf8_cost_their_row(tmp_path, monkeypatch, name, tex
 
 
 @pytest.mark.parametrize("name, data, says", [
-    ("x.csv", b"text," + GB + b"\na,b\n", "line 1 holds the byte 0xbb"), ("x.csv", 'text\n"a'.encode() + GB, "line 2 holds the byte 0xbb"),
+    ("x.csv", b"text," + GB + b"\na,b\n", "line 1 holds the byte 0xbb"), ("x.csv", b'text\n"a' + GB, "line 2 holds the byte 0xbb"),
     ("x.json", '[{"text": "好"}]'.encode("utf-16"), "row 1 of x.json: 0xff, byte 1 of the file, in line 1"), ("x.json", b'[{"a": 1},\n{"a" ' + GB + b': 2}]', "row 2 of x.json: 0xbb, byte 17 of the file, in line 2")])
 def test_bytes_that_break_the_file(tmp_path, name, data, says):
     "Where no row can be told from the next, the file ends in a sentence, whatever is asked of bad rows."

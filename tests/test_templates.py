@@ -376,7 +376,7 @@ def test_any_file_of_prompt_types_is_one_or_a_sentence(tmp_path):
     rng, made = random.Random(0), 0
     keys = ["user", "format_user", "assistant", "system", "function", "observation", "prefix", "separator", "default_system", "stop_words", "efficient_eos", "replace_eos", "merge_system", "thinking",
             "trim", "call", "tools", "between", "needs", "like", "tool_format", "template_class", "format_tools", "force_system", "odd"]
-    for n in range(800):
+    for _ in range(800):
         entry = {k: rng.choice([*ODD, "chatml", "{{content}}", ["x"]]) for k in rng.sample(keys, rng.randint(0, 4))}
         d = rng.choice([{"a": entry, "b": {"like": "a"}}, [{"name": "a", **entry}, {"name": "b", "like": "a"}], {"a": entry, "b": rng.choice(ODD)}, {"a": entry, "tool_formats": rng.choice(ODD)}])
         (tmp_path / "p.json").write_text(json.dumps(d))
