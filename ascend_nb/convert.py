@@ -52,11 +52,13 @@ def _megatron(path, cfg): return open_megatron(path, _model(cfg))
 
 SOURCES = {"hf": (_is_hf, lambda path, cfg: open_hf(path)), "mg": (_is_megatron, _megatron)} # kind -> (recognised, opened)
 TARGETS = {} # kind -> (source, cfg) -> Target
-MORE = ("dcp_format",) # rooms that add rows
+MORE = ("lora", "dcp_format") # rooms that have rows of their own, SOURCES and TARGETS
 
-def _join(): # import the rooms that are there
+def _join(): # their rows
     for name in MORE:
-        if importlib.util.find_spec(f"ascend_nb.{name}"): importlib.import_module(f"ascend_nb.{name}")
+        if not importlib.util.find_spec(f"ascend_nb.{name}"): continue
+        room = importlib.import_module(f"ascend_nb.{name}")
+        for mine, theirs in ((SOURCES, "SOURCES"), (TARGETS, "TARGETS")): mine |= getattr(room, theirs, {})
 
 def _original(cfg): # folder of the original Hugging Face model, or None
     if cfg.hf_config: return Path(cfg.hf_config)

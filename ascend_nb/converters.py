@@ -18,7 +18,7 @@ from .core import Progress, UserError, atomic_file, check_space, human_bytes, me
 from .megatron_format import NUMBERS, PtLayout, Stored, Word, from_float, numpy_type, safetensors_bytes, to_float
 from .megatron_layout import FILE, TRACKER, Layout
 from .megatron_names import Naming, Placed, hf_placed, qkv_picture, rank_tensors
-from .megatron_source import FileSource, close_files, hf_files, megatron_args, names, read_block
+from .megatron_source import FileSource, close_files, hf_files, megatron_args, names, same_block, tied_head
 from .names import canonical_shapes
 from .shapes import ModelConfig
 
@@ -256,9 +256,7 @@ def compare(
     cut, total = target.notes.get("vocabulary_cut", 0), sum(np.prod(source.shape(k)) * numpy_type(back.dtype(k)).itemsize for k in source.parts())
     with _bar(int(total), "Comparing", quiet) as tick: sums = list(pool.map(lambda k: _same(source, back, k, target, cut, tick), source.parts()))
     for (a, p), (b, q) in getattr(back, "copies", ()): # what several ranks hold alike
-        one, two = (np.empty((x.rows[1] - x.rows[0], x.cols[1] - x.cols[0]), numpy_type(y.stored.dtype)) for x, y in ((a, p), (b, q)))
-        read_block(a, p, a.rows, a.cols, one); read_block(b, q, b.rows, b.cols, two)
-        if one.tobytes() != two.tobytes(): raise UserError("not_same", name=q.stored.name, target=target.label, source=f"{p.stored.path.parent.name}/{p.stored.name}", where="a replica")
+        if not same_block(a, p, b, q): raise UserError("not_same", name=q.stored.name, target=target.label, source=f"{p.stored.path.parent.name}/{p.stored.name}", where="a replica")
     return dict(bitwise_equal=len(sums), bytes=int(total), replicas_equal=len(getattr(back, "copies", ())), source_crc32={f"{k[0]}" + (f"[{k[1]}]" if k[1] is not None else ""): f"{c:08x}" for k, c in zip(source.parts(), sums)})
 
 def _same(source, back, part, target, cut, tick): # checksum of the source's parameter in the target's type
@@ -347,10 +345,7 @@ def _deal(tensors, most): # file name -> Stored, in order
 
 def _as_it_was(source, want, like, dtype): # files with the headers of the original ones
     from ascend_nb.megatron_format import safetensors_header
-    cfg = source.cfg
-    tied = {p.stored.name: p for p in hf_placed(replace(cfg, tie_word_embeddings=False)) if p.blocks[0].part[0] == "lm_head.weight"} if cfg.tie_word_embeddings else {}
-    tied = {k: replace(p, blocks=tuple(b._replace(part=("model.embed_tokens.weight", None)) for b in p.blocks)) for k, p in tied.items()}
-    out = []
+    tied, out = {p.stored.name: p for p in tied_head(source.cfg)}, []
     for name, stored in like.items():
         keep = [t if not dtype or t.name not in want else replace(t, dtype=dtype) for t in stored]
         same = keep == stored

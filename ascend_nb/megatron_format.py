@@ -177,10 +177,11 @@ def _tensor(storage, offset, size, stride, grad=False, hooks=None, more=None, me
     return Stored(storage.key, size, dtype, None, offset, None if stride == plain or 0 in size else stride)
 
 def _first(x, *rest): return x
+def _bytes(text, code=""): return text.encode("latin1") # how protocol 2 writes bytes, e.g. of numpy's random state
 
 _WORDS = {("collections", "OrderedDict"): OrderedDict, ("argparse", "Namespace"): Namespace, ("torch._utils", "_rebuild_tensor_v2"): _tensor,
           ("torch._utils", "_rebuild_tensor_v3"): _tensor, ("torch._utils", "_rebuild_parameter"): _first, ("torch", "Size"): tuple,
-          ("builtins", "set"): set, ("__builtin__", "set"): set, ("torch.serialization", "_get_layout"): Foreign}
+          ("builtins", "set"): set, ("__builtin__", "set"): set, ("_codecs", "encode"): _bytes, ("torch.serialization", "_get_layout"): Foreign}
 _INERT = ("megatron", "mindspeed", "mindspeed_llm", "modellink", "numpy", "apex", "transformer_engine", "enum", "signal", "pathlib")
 
 # %% ../nbs/32_megatron_format.ipynb #f7916803

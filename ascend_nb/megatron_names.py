@@ -273,7 +273,7 @@ def rank_tensors(
 ) -> list: # for each chunk the Placed of this rank, named from `model` (or `model0` …) on
     "Every tensor of one rank. Raises UserError where a size does not divide."
     (t, p, e), shapes, E = rank, shapes or canonical_shapes(cfg), cfg.num_experts
-    if E % layout.ep: raise UserError("ep_divides", n=E, ep=layout.ep)
+    if layout.ep > 1 and (not E or E % layout.ep): raise UserError("ep_divides", n=E, ep=layout.ep)
     cut, out, mine = Cut(cfg, layout.tp, t, vocab), [], range(e * E // layout.ep, (e + 1) * E // layout.ep)
     for v, chunk in enumerate(layout.stages[p]):
         root, legacy = f"model{v if layout.chunks > 1 else ''}/", naming.style == "legacy"

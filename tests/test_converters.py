@@ -1,0 +1,357 @@
+"""Every family through every layout and home again, bit for bit; what a rank holds compared with torch's own slicing; damage named, nothing half-written."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ascend_nb import converters
+from ascend_nb.config import ModelLinkConvertConfig
+from ascend_nb.convert import plan, run
+from ascend_nb.core import UserError
+from ascend_nb.families import FAMILIES, config_from_hf, config_to_hf
+from ascend_nb.megatron_layout import Layout
+from ascend_nb.megatron_names import Naming, hf_placed, rank_tensors
+from ascend_nb.megatron_source import open_hf, open_megatron
+from ascend_nb.names import canonical_shapes
+from ascend_nb.schema import parse_args
+from ascend_nb.shapes import ModelConfig
+
+BASE = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=64)
+
+
+def go(*words, **kw):
+    "One run of the command."
+    return run(parse_args(ModelLinkConvertConfig, [str(w) for x in words for w in (x.split() if isinstance(x, str) else [x])]), json=True, **kw)
+
+
+def make(folder, hf, dtype=torch.bfloat16, shards=0, kind="safetensors"):
+    "A model folder with random weights, written by the libraries."
+    folder.mkdir(parents=True)
+    cfg = config_from_hf(hf)
+    (folder / "config.json").write_text(json.dumps({**hf, "torch_dtype": str(dtype)[6:]}))
+    (folder / "tokenizer.json").write_text("{}")
+    g = torch.Generator().manual_seed(7)
+    tensors = {p.stored.name: torch.randn(p.stored.shape, generator=g).to(dtype) for p in hf_placed(cfg)}
+    if kind == "bin": torch.save(tensors, folder / "pytorch_model.bin")
+    elif not shards: save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    else:
+        names = list(tensors)
+        part = lambda i: f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
+        for i in range(shards): save_file({k: tensors[k] for k in names[i::shards]}, folder / part(i), {"format": "pt", "odd": "é"})
+        index = dict(metadata=dict(total_size=1), weight_map={k: part(j % shards) for j, k in enumerate(names)})
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    return cfg
+
+
+def same_weights(a, b):
+    "Byte for byte: every weights file and index of a."
+    files = [p.name for p in a.iterdir() if p.suffix in (".safetensors", ".bin") or p.name.endswith(".index.json")]
+    assert files
+    for f in files: assert (a / f).read_bytes() == (b / f).read_bytes(), f
+
+
+def llama(**kw): return dict(BASE, model_type="llama", architectures=["LlamaForCausalLM"], tie_word_embeddings=False) | kw
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hf") / "llama"
+    make(folder, llama(), shards=2)
+    return folder
+
+
+LAYOUTS = ["", "--tp 2", "--pp 2", "--tp 2 --pp 4", "--pp 2 --num-layers-per-virtual-pipeline-stage 1", "--pp 3 --num-layer-list 1,2,1",
+           "--pp 2 --noop-layers 0,5", "--tp 2 --make-vocab-size-divisible-by 16", "--pp 3 --noop-layers 0,3 --tp 2"]
+
+
+@pytest.mark.parametrize("flags", LAYOUTS)
+@pytest.mark.parametrize("to", ["legacy", "mcore", "mcore --transformer-impl transformer_engine"])
+def test_there_and_back(home, tmp_path, to, flags):
+    paper = go(home, tmp_path / "mg", "--to", to, flags, "--verify")
+    assert paper["verified"]["bitwise_equal"] == len(canonical_shapes(config_from_hf(home))) and paper["verified"]["logits"] == "equal"
+    go(tmp_path / "mg", tmp_path / "home", "--to hf --hf-config", home)
+    same_weights(home, tmp_path / "home")
+    assert (tmp_path / "home/tokenizer.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize("chain", [["legacy --tp 2", "mcore --pp 4 --transformer-impl transformer_engine", "legacy --pp 2 --num-layers-per-virtual-pipeline-stage 1"],
+                                   ["mcore --tp 2 --pp 2", "mcore --pp 2 --noop-layers 1,2", "mcore --tp 2"]])
+@pytest.mark.parametrize("tied", [True, False])
+def test_from_any_to_any(tmp_path, chain, tied):
+    make(tmp_path / "hf", llama(tie_word_embeddings=tied))
+    at = tmp_path / "hf"
+    for i, to in enumerate(chain):
+        go(at, tmp_path / str(i), "--to", to, "--verify")
+        at = tmp_path / str(i)
+    go(at, tmp_path / "home", "--to hf --hf-config", tmp_path / "hf")
+    same_weights(tmp_path / "hf", tmp_path / "home")
+
+
+def test_what_a_rank_holds(home, tmp_path):
+    "Against torch's reshape, chunk and cat on the original matrices, as Megatron's own loaders cut them."
+    go(home, tmp_path / "mg", "--to mcore --tp 2 --pp 2 --make-vocab-size-divisible-by 8")
+    hf = {k: v for f in home.glob("*.safetensors") for k, v in load_file(f).items()}
+    N, K, D, H = 4, 2, 8, 32
+    for t in range(2):
+        for p in range(2):
+            got = torch.load(tmp_path / f"mg/iter_0000001/mp_rank_{t:02d}_{p:03d}/model_optim_rng.pt", weights_only=False)
+            m = got["model"]
+            assert (got["checkpoint_version"], got["iteration"]) == (3.0, 1) and isinstance(got["args"], Namespace)
+            for i in range(2):
+                a, b = f"model.layers.{2 * p + i}.", f"decoder.layers.{i}."
+                q, k, v = (hf[f"{a}self_attn.{x}_proj.weight"] for x in "qkv")
+                qkv = torch.cat([q.reshape(K, D * N // K, H), k.reshape(K, D, H), v.reshape(K, D, H)], 1).reshape(-1, H)
+                assert torch.equal(m[f"{b}self_attention.linear_qkv.weight"], qkv.chunk(2)[t])
+                assert torch.equal(m[f"{b}self_attention.linear_proj.weight"], hf[f"{a}self_attn.o_proj.weight"].chunk(2, 1)[t])
+                gate, up = (hf[f"{a}mlp.{x}_proj.weight"].chunk(2)[t] for x in ("gate", "up"))
+                assert torch.equal(m[f"{b}mlp.linear_fc1.weight"], torch.cat([gate, up]))
+                assert torch.equal(m[f"{b}mlp.linear_fc2.weight"], hf[f"{a}mlp.down_proj.weight"].chunk(2, 1)[t])
+            if p: assert torch.equal(m["decoder.final_layernorm.weight"], hf["model.norm.weight"])
+            word = m["output_layer.weight"] if p else m["embedding.word_embeddings.weight"]
+            full = hf["lm_head.weight"] if p else hf["model.embed_tokens.weight"]
+            assert torch.equal(word, torch.cat([full, full[-1:].expand(3, H)]).chunk(2)[t]) # 61 -> 64 rows
+            assert len(m) == 2 * 6 + 1 + p
+    assert (tmp_path / "mg/latest_checkpointed_iteration.txt").read_text() == "1"
+
+
+def test_args_are_those_that_megatron_reads(home, tmp_path):
+    go(home, tmp_path / "mg", "--to mcore --pp 2 --num-layers-per-virtual-pipeline-stage 1")
+    got = torch.load(tmp_path / "mg/iter_0000001/mp_rank_00_001/model_optim_rng.pt", weights_only=False)
+    a = vars(got["args"])
+    want = """num_layers hidden_size ffn_hidden_size seq_length num_attention_heads num_query_groups group_query_attention kv_channels max_position_embeddings position_embedding_type
+        add_position_embedding use_rotary_position_embeddings rotary_percent rotary_interleaved add_bias_linear add_qkv_bias swiglu untie_embeddings_and_output_weights apply_layernorm_1p normalization
+        tokenizer_type padded_vocab_size apply_query_key_layer_scaling tensor_model_parallel_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size num_layers_per_virtual_pipeline_stage
+        num_layer_list post_norm num_experts sequence_parallel n_shared_experts qk_layernorm moe_intermediate_size first_k_dense_replace moe_layer_freq multi_head_latent_attention qk_rope_head_dim
+        qk_nope_head_dim q_lora_rank kv_lora_rank v_head_dim shared_expert_gate expert_model_parallel_size consumed_train_samples consumed_valid_samples""".split()
+    assert not set(want) - set(a)
+    assert (a["num_layers"], a["padded_vocab_size"], a["virtual_pipeline_model_parallel_size"], a["params_dtype"]) == (4, 61, 2, torch.bfloat16)
+    assert set(got) == {"args", "checkpoint_version", "iteration", "model0", "model1"}
+
+
+def test_a_checkpoint_of_megatron_itself(home, tmp_path):
+    "Args without our key, an optimizer and random states beside the weights, iteration 500, tracker file; then without any args."
+    go(home, tmp_path / "mg", "--to mcore --tp 2")
+    (tmp_path / "mg/latest_checkpointed_iteration.txt").write_text("500")
+    (tmp_path / "mg/iter_0000001").rename(tmp_path / "mg/iter_0000500")
+    for p in (tmp_path / "mg").rglob("*.pt"):
+        d = torch.load(p, weights_only=False)
+        del d["args"].ascend_nb
+        d |= dict(optimizer=dict(state={0: dict(exp_avg=torch.ones(3))}), rng_state=[dict(torch_rng_state=torch.get_rng_state(), np_rng_state=np.random.get_state())])
+        d["model"]["decoder.layers.0.self_attention.linear_qkv._extra_state"] = torch.zeros(1)
+        torch.save(d, p)
+    source = open_megatron(tmp_path / "mg")
+    assert (source.iteration, source.layout.tp, source.cfg.vocab_size) == ("500", 2, 62)
+    go(tmp_path / "mg", tmp_path / "home", "--to hf --hf-config", home)
+    same_weights(home, tmp_path / "home")
+    go(tmp_path / "mg", tmp_path / "one", "--to legacy --verify")
+    for p in (tmp_path / "mg").rglob("*.pt"):
+        d = torch.load(p, weights_only=False)
+        del d["args"]
+        torch.save(d, p)
+    go(tmp_path / "mg", tmp_path / "again", "--to hf --hf-config", home)
+    same_weights(home, tmp_path / "again")
+    with pytest.raises(UserError, match="no args"): go(tmp_path / "mg", tmp_path / "x", "--to legacy")
+
+
+def test_modellinks_flags(home, tmp_path):
+    shutil.copytree(home, tmp_path / "hf")
+    go("--model-type GPT --loader llama2_hf --saver megatron --target-tensor-parallel-size 2 --target-pipeline-parallel-size 2 --num-layer-list 3,1 --params-dtype bf16",
+       "--load-dir", tmp_path / "hf", "--save-dir", tmp_path / "legacy", "--tokenizer-model None")
+    m = torch.load(tmp_path / "legacy/iter_0000001/mp_rank_01_000/model_optim_rng.pt", weights_only=False)["model"]["language_model"]
+    assert set(m) == {"embedding", "encoder"} and "layers.2.self_attention.query_key_value.weight" in m["encoder"]
+    go("--model-type GPT --load-model-type mg --save-model-type mg --use-mcore-models --load-from-legacy --target-expert-parallel-size 1", "--load-dir", tmp_path / "legacy", "--save-dir", tmp_path / "mcore")
+    go("--model-type GPT --load-model-type mg --save-model-type mg --use-mcore-models --save-to-legacy --load-dir", tmp_path / "mcore", "--save-dir", tmp_path / "legacy2")
+    assert open_megatron(tmp_path / "legacy2").naming.style == "legacy" and open_megatron(tmp_path / "mcore").naming.style == "core"
+    go("--model-type GPT --loader megatron --saver megatron --save-model-type save_huggingface_llama --target-tensor-parallel-size 1 --target-pipeline-parallel-size 1 --load-dir", tmp_path / "legacy2", "--save-dir", tmp_path / "hf")
+    same_weights(home, tmp_path / "hf/mg2hf")
+    same_weights(home, tmp_path / "hf")
+
+
+@pytest.mark.parametrize("kind", ["bin", "safetensors"])
+@pytest.mark.parametrize("dtype", ["fp16", "fp32", "bf16"])
+def test_number_formats_and_bin(tmp_path, kind, dtype):
+    make(tmp_path / "hf", llama(), torch.float32, kind=kind)
+    go(tmp_path / "hf", tmp_path / "mg", "--to mcore --tp 2 --params-dtype", dtype)
+    go(tmp_path / "mg", tmp_path / "home", "--to hf --params-dtype", dtype, "--hf-config", tmp_path / "hf")
+    one = torch.load(tmp_path / "hf/pytorch_model.bin") if kind == "bin" else load_file(tmp_path / "hf/model.safetensors")
+    two, want = load_file(tmp_path / "home/model.safetensors"), dict(fp16=torch.float16, fp32=torch.float32, bf16=torch.bfloat16)[dtype]
+    assert one.keys() == two.keys() and all(torch.equal(one[k].to(want), two[k]) for k in one)
+    assert json.loads((tmp_path / "home/config.json").read_text())["torch_dtype"] == str(want)[6:]
+
+
+def test_extra_tensors_come_home(tmp_path):
+    "A tied head and rotary frequencies in the file mean nothing to Megatron and are there again afterwards."
+    make(tmp_path / "hf", llama(tie_word_embeddings=True))
+    f = tmp_path / "hf/model.safetensors"
+    tensors = load_file(f)
+    tensors |= {"lm_head.weight": tensors["model.embed_tokens.weight"].clone(), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.arange(4.)}
+    save_file(tensors, f, {"format": "pt"})
+    go(tmp_path / "hf", tmp_path / "mg", "--to mcore --tp 2 --pp 2")
+    go(tmp_path / "mg", tmp_path / "home", "--to hf --verify --hf-config", tmp_path / "hf")
+    same_weights(tmp_path / "hf", tmp_path / "home")
+    tensors["lm_head.weight"][3] += 1
+    save_file(tensors, f, {"format": "pt"})
+    with pytest.raises(UserError) as e: go(tmp_path / "hf", tmp_path / "x", "--to mcore")
+    assert e.value.key == "copies_differ" and "lm_head" in str(e.value)
+
+
+def test_vocabulary_filled_up_for_others_is_cut(home, tmp_path):
+    go(home, tmp_path / "a", "--to mcore --tp 2 --padded-vocab-size 96")
+    go(tmp_path / "a", tmp_path / "b", "--to mcore")
+    assert torch.load(tmp_path / "b/iter_0000001/mp_rank_00/model_optim_rng.pt", weights_only=False)["model"]["output_layer.weight"].shape[0] == 61
+    go(home, tmp_path / "c", "--to mcore --true-vocab-size 40 --verify")
+    assert torch.load(tmp_path / "c/iter_0000001/mp_rank_00/model_optim_rng.pt", weights_only=False)["model"]["output_layer.weight"].shape[0] == 40
+
+
+def test_killed_and_taken_up_again(home, tmp_path, monkeypatch):
+    args = home, tmp_path / "mg", "--to mcore --tp 2 --pp 2"
+    real, calls = converters._one, []
+
+    def dies(source, out, *a):
+        calls.append(out.name)
+        if len(calls) == 3: raise KeyboardInterrupt
+        return real(source, out, *a)
+    monkeypatch.setattr(converters, "_one", dies)
+    with pytest.raises(KeyboardInterrupt): go(*args)
+    assert not (tmp_path / "mg").exists()
+    monkeypatch.setattr(converters, "_one", real)
+    assert go(*args)["resumed_files"] == 2
+    go(home, tmp_path / "whole", "--to mcore --tp 2 --pp 2")
+    one, two = ({p.relative_to(d): p.read_bytes() for p in sorted(d.rglob("*.pt"))} for d in (tmp_path / "mg", tmp_path / "whole"))
+    assert one == two and sorted(p.name for p in tmp_path.iterdir()) == ["mg", "whole"]
+
+
+def test_another_plan_does_not_take_up_old_files(home, tmp_path, monkeypatch):
+    real = converters._one
+
+    def dies(source, out, *a):
+        if "001" in out.name.split("/")[1]: raise KeyboardInterrupt
+        return real(source, out, *a)
+    monkeypatch.setattr(converters, "_one", dies)
+    with pytest.raises(KeyboardInterrupt): go(home, tmp_path / "mg", "--to mcore --pp 2")
+    monkeypatch.setattr(converters, "_one", real)
+    assert go(home, tmp_path / "mg", "--to mcore --pp 4")["resumed_files"] == 0
+    assert len(list((tmp_path / "mg").rglob("*.pt"))) == 4
+
+
+def test_the_source_is_left_alone(home, tmp_path):
+    before = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in home.iterdir()}
+    go(home, tmp_path / "mg", "--to legacy --tp 2 --verify")
+    assert before == {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in home.iterdir()}
+
+
+def test_a_wrong_byte_is_found(home, tmp_path, monkeypatch):
+    "The disk that stores something else: --verify refuses to give the folder its name."
+    real = os.pwrite
+    monkeypatch.setattr(converters.os, "pwrite", lambda fd, raw, at: real(fd, bytes(len(raw)) if len(raw) == 48 * 32 * 2 // 2 else raw, at))
+    go(home, tmp_path / "blind", "--to mcore --tp 2")
+    with pytest.raises(UserError, match="differs from"): go(home, tmp_path / "mg", "--to mcore --tp 2 --verify")
+    assert not (tmp_path / "mg").exists()
+
+
+def damaged(home, tmp_path, change):
+    shutil.copytree(home, tmp_path / "hf")
+    change(tmp_path / "hf")
+    return tmp_path / "hf"
+
+
+SHARD = "model-00002-of-00002.safetensors"
+DAMAGE = {
+    "shard": (lambda d: (d / SHARD).unlink(), "names model-00002"),
+    "cut": (lambda d: (d / SHARD).write_bytes((d / SHARD).read_bytes()[:-7]), "model-00002-of-00002.safetensors"),
+    "tensor": (lambda d: save_file({k: v for k, v in load_file(d / SHARD).items() if "layers.1.mlp.up" not in k and "layers.0.mlp.up" not in k}, d / SHARD), "up_proj"),
+    "extra": (lambda d: save_file(load_file(d / SHARD) | {"model.layers.9.x": torch.ones(1)}, d / SHARD), "Unexpected: model.layers.9.x"),
+    "shape": (lambda d: (d / "config.json").write_text(json.dumps(json.loads((d / "config.json").read_text()) | dict(intermediate_size=40))), "Wrong shape"),
+    "vocab": (lambda d: (d / "config.json").write_text(json.dumps(json.loads((d / "config.json").read_text()) | dict(vocab_size=60))), "embed_tokens.weight .61, 32., expected .60, 32."),
+    "family": (lambda d: (d / "config.json").write_text(json.dumps(json.loads((d / "config.json").read_text()) | dict(model_type="elephant"))), "elephant"),
+    "config": (lambda d: (d / "config.json").write_text("nonsense"), "not JSON"),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_damaged_sources_are_named(home, tmp_path, what):
+    change, words = DAMAGE[what]
+    with pytest.raises(UserError, match=words): go(damaged(home, tmp_path, change), tmp_path / "out", "--to mcore")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf"]
+
+
+WRONG = {
+    "--to mcore --tp 4": "2 key/value heads", "--to mcore --tp 3": "tensor parallel size 3", "--to mcore --pp 3": "4 layers for pp 3", "--to mcore --pp 2 --num-layer-list 1,2": "add up to 4",
+    "--to mcore --pp 2 --num-layer-list 2,2 --num-layers-per-virtual-pipeline-stage 1": "both", "--to mcore --noop-layers 9": "noop", "--to mcore --ep 2": "expert parallel size 2",
+    "--to mcore --load-model-type mg": "expected mg", "--to mcore --model-type-hf bloom": "this is a llama", "--to mcore --model-type-hf lama2": "Did you mean llama2", "--to mcore --post-norm": "post_norms=False",
+    "": "--to hf", "--to hf --hf-config /nowhere": "nowhere", "--to mcore --tp 2 --padded-vocab-size 61": "rows of the vocabulary", "--to mcore --tokenizer-model /nowhere/tokenizer.model": "nowhere",
+}
+
+
+@pytest.mark.parametrize("flags", WRONG)
+def test_wrong_flags_are_named(home, tmp_path, flags):
+    with pytest.raises(UserError, match=WRONG[flags]): go(home, tmp_path / "out", flags)
+    assert not list(tmp_path.iterdir())
+
+
+def test_damaged_checkpoints_are_named(home, tmp_path):
+    go(home, tmp_path / "mg", "--to mcore --tp 2 --pp 2")
+    one = tmp_path / "mg/iter_0000001/mp_rank_01_001"
+    one.rename(tmp_path / "aside")
+    with pytest.raises(UserError, match="2 x 2 x 1"): go(tmp_path / "mg", tmp_path / "out", "--to legacy")
+    (tmp_path / "aside").rename(one)
+    d = torch.load(one / "model_optim_rng.pt", weights_only=False)
+    d["model"].pop("decoder.layers.0.mlp.linear_fc2.weight")
+    torch.save(d, one / "model_optim_rng.pt")
+    with pytest.raises(UserError, match="Missing: model/decoder.layers.0.mlp.linear_fc2.weight"): go(tmp_path / "mg", tmp_path / "out", "--to legacy")
+    (tmp_path / "mg/latest_checkpointed_iteration.txt").write_text("7")
+    with pytest.raises(UserError, match="iter_0000007"): go(tmp_path / "mg", tmp_path / "out", "--to legacy")
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text/readme.txt").write_text("hello")
+    with pytest.raises(UserError, match="no checkpoint"): go(tmp_path / "text", tmp_path / "out", "--to legacy")
+
+
+def test_ranks_that_should_agree(home, tmp_path):
+    go(home, tmp_path / "mg", "--to mcore --tp 2")
+    p = tmp_path / "mg/iter_0000001/mp_rank_01/model_optim_rng.pt"
+    d = torch.load(p, weights_only=False)
+    d["model"]["decoder.final_layernorm.weight"][0] += 1
+    torch.save(d, p)
+    with pytest.raises(UserError, match="final_layernorm"): go(tmp_path / "mg", tmp_path / "out", "--to legacy")
+
+
+def test_other_models_config_on_the_way_home(home, tmp_path):
+    make(tmp_path / "other", llama(vocab_size=80))
+    make(tmp_path / "deeper", llama(num_hidden_layers=5))
+    go(home, tmp_path / "mg", "--to mcore")
+    with pytest.raises(UserError, match="61 rows"): go(tmp_path / "mg", tmp_path / "out", "--to hf --hf-config", tmp_path / "other")
+    with pytest.raises(UserError, match="expected 5"): go(tmp_path / "mg", tmp_path / "out", "--to hf --hf-config", tmp_path / "deeper")
+    with pytest.raises(UserError, match="--hf-config"): go(tmp_path / "mg", tmp_path / "out", "--to hf")
+
+
+def test_dry_run_writes_nothing(home, tmp_path, capsys):
+    assert go(home, tmp_path / "mg", "--to mcore --tp 2 --dry-run") == {}
+    out = capsys.readouterr().out
+    assert "tp 1: q2 q3 k1 v1" in out and "linear_fc1.weight [48, 32] bf16 <- model.layers.0.mlp.gate_proj.weight[0:24, 0:32] + model.layers.0.mlp.up_proj.weight[0:24, 0:32]" in out
+    assert not list(tmp_path.iterdir())
+
+
+def test_memory_stays_bounded(tmp_path):
+    "A tensor of 64 MB passes through with less than a third of that above what the program itself takes."
+    code = "import sys; from ascend_nb.cli import main; main(['convert', *sys.argv[1:]]); print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
+    rss = []
+    if not os.path.exists("/proc/self/status"): pytest.skip("no /proc here to read the peak of memory from")
+    for rows in (16, 16384):
+        make(tmp_path / f"hf{rows}", llama(hidden_size=2048, head_dim=512, num_hidden_layers=1, vocab_size=rows))
+        r = subprocess.run([sys.executable, "-c", code, str(tmp_path / f"hf{rows}"), str(tmp_path / f"mg{rows}"), "--to", "mcore", "--tp", "2"], capture_output=True, text=True, check=True)
+        rss.append(int(r.stdout.split()[-1]) // 1024)
+    assert rss[1] - rss[0] < 20, rss
+
+
+def test_no_torch_is_needed():
+    r = subprocess.run([sys.executable, "-c", "import ascend_nb.convert, sys; print('torch' in sys.modules)"], capture_output=True, text=True, check=True)
+    assert r.stdout.strip() == "False"
