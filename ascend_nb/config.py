@@ -281,6 +281,7 @@ class ConvertConfig:
     lora_target_modules: list[str] = knob([]) # matrices with an adapter, where it does not tell
     save_lora_to_hf: bool = False # write the adapter alone, as PEFT's files
 
+# %% ../nbs/03_config.ipynb #d51e1d37
 @dataclass
 class ModelLinkConvertConfig(ConvertConfig):
     "The same, with the flags of ModelLink's and MindSpeed-LLM's converters."
@@ -293,11 +294,11 @@ class ModelLinkConvertConfig(ConvertConfig):
     use_mcore_models: bool = knob(False, advanced=True) # Megatron core, not legacy
     load_from_legacy: bool = knob(False, advanced=True) # the source is legacy; seen in the files
     save_to_legacy: bool = knob(False, advanced=True) # the target is legacy
-    add_qkv_bias: bool = knob(False, advanced=True) # compared with the config, like the next four
-    add_dense_bias: bool = knob(False, advanced=True)
+    add_qkv_bias: bool = knob(False, advanced=True) # q, k and v have a bias; compared with the config, like the next four
+    add_dense_bias: bool = knob(False, advanced=True) # o has a bias
     w_pack: bool = knob(False, advanced=True) # q, k and v in one matrix
-    post_norm: bool = knob(False, advanced=True)
-    embed_layernorm: bool = knob(False, advanced=True)
+    post_norm: bool = knob(False, advanced=True) # norms behind attention and MLP too
+    embed_layernorm: bool = knob(False, advanced=True) # a norm behind the embedding
     tokenizer_model: str = knob("", advanced=True) # a tokenizer's file: its tokens must fit the vocabulary; None: not looked at
     true_vocab_size: int | None = knob(None, low=1, advanced=True) # tokens that count: rows behind them, filled up for another tp, are left out
     vocab_file: str | None = knob(None, advanced=True) # not needed

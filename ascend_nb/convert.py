@@ -222,6 +222,7 @@ def plan(
     if cfg.lora_load: source = importlib.import_module("ascend_nb.lora").overlay(source, cfg)
     return source, TARGETS[kind](source, cfg)
 
+# %% ../nbs/35_convert.ipynb #aa06d294
 def convert(
     cfg: ModelLinkConvertConfig # the flags
 ) -> dict: # the certificate; empty after a dry run

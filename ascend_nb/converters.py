@@ -104,6 +104,7 @@ def fill(
         done(raw.nbytes)
     return crc
 
+# %% ../nbs/33_converters.ipynb #3dd872c1
 def _carry(stored, t, fd, done): # bytes of one file -> another
     raw = np.ascontiguousarray(stored.array()).reshape(-1).view(np.uint8)
     os.pwrite(fd, raw, t.offset)
@@ -211,6 +212,7 @@ def run(
     finally: close_files()
     return paper
 
+# %% ../nbs/33_converters.ipynb #149efb9c
 @contextmanager
 def _bar(size, label, quiet): # a function that counts bytes from any thread
     lock = threading.Lock()
@@ -259,6 +261,7 @@ def compare(
         if not same_block(a, p, b, q): raise UserError("not_same", name=q.stored.name, target=target.label, source=f"{p.stored.path.parent.name}/{p.stored.name}", where="a replica")
     return dict(bitwise_equal=len(sums), bytes=int(total), replicas_equal=len(getattr(back, "copies", ())), source_crc32={f"{k[0]}" + (f"[{k[1]}]" if k[1] is not None else ""): f"{c:08x}" for k, c in zip(source.parts(), sums)})
 
+# %% ../nbs/33_converters.ipynb #4c668e18
 def _same(source, back, part, target, cut, tick): # checksum of the source's parameter in the target's type
     (R, W), dtype, crc = source.shape(part), back.dtype(part), 0
     if part[0] in ("model.embed_tokens.weight", "lm_head.weight"): R -= cut

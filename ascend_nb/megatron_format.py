@@ -320,6 +320,7 @@ class PtLayout:
                 out += entry[:16] + crc + entry[20:]
             os.pwrite(f.fileno(), out + _tail(len(self.central), len(out), self.end), self.end)
 
+# %% ../nbs/32_megatron_format.ipynb #0a037c23
 def _tail(n, size, at): # the end of a zip, in its long form: files of 4 GiB and more are usual here
     wide = struct.pack("<4sQHHIIQQQQ", b"PK\6\6", 44, 45, 45, 0, 0, n, n, size, at)
     return wide + struct.pack("<4sIQI", b"PK\6\7", 0, at + size, 1) + struct.pack("<4sHHHHIIH", b"PK\5\6", 0, 0, min(n, 65535), min(n, 65535), min(size, _BIG), min(at, _BIG), 0)

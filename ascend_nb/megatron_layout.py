@@ -23,6 +23,7 @@ messages(
               "noop 层为 {got}，共 {total} 个位置；应为 0 到 {last} 之间互不相同的位置。请修改 --noop-layers。"),
 )
 
+# %% ../nbs/32a_megatron_layout.ipynb #d04ca8e9
 @dataclass(frozen=True)
 class Layout:
     "Parallel sizes and what follows from them. Raises UserError where the layers cannot be dealt out so."

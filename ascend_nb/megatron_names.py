@@ -110,6 +110,7 @@ def _stack(parts, sizes, ranges, wide): # rows of several parameters below each 
         at += b - a
     return (at, wide), blocks
 
+# %% ../nbs/32b_megatron_names.ipynb #38ce357f
 def _whole(parts, sizes, cut):
     if len(parts) > 1 and cut.tp > 1 and parts[0][0].endswith("q_proj.weight"): raise UserError("mla_tp", tp=cut.tp, name=parts[0][0])
     return _stack(parts, sizes, [(0, n) for n, _ in sizes], sizes[0][1])
@@ -263,6 +264,7 @@ def _experts(prefix, shapes, naming, cut, at, mine): # `mine`: numbers of this r
         if rule in ("up", "down"): yield placed(name, [p for e in mine for p in own(e)], rule, shapes, cut)
         else: yield from (placed(name.format(e=i), own(e), rule, shapes, cut) for i, e in enumerate(mine))
 
+# %% ../nbs/32b_megatron_names.ipynb #f6dbe514
 def rank_tensors(
     cfg: ModelConfig, # the model
     layout: Layout, # who has which layer
@@ -288,5 +290,6 @@ def rank_tensors(
         out.append(rows)
     return out
 
+# %% ../nbs/32b_megatron_names.ipynb #bd5ce34a
 messages(ep_divides=("Found {n} experts for expert parallel size {ep}; expected a multiple of it. Choose another --target-expert-parallel-size.",
                      "专家数为 {n}，专家并行数为 {ep}；前者应为后者的整数倍。请更换 --target-expert-parallel-size。"))

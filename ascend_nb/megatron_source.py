@@ -13,6 +13,7 @@ from bisect import bisect_left, bisect_right
 from dataclasses import fields, replace
 from pathlib import Path
 import numpy as np
+from fastcore.basics import patch
 from .core import UserError, messages
 from .families import config_from_hf, read_json
 from .megatron_format import FLOATS, Stored, leaves, mapped, numpy_type, read_pt, read_safetensors
@@ -94,30 +95,35 @@ class FileSource:
     def shape(self, part: tuple) -> tuple: return matrix(part_shape(self.shapes, part)) # part: (name, expert); rows and columns
     def dtype(self, part: tuple) -> str: return self.where[part][0][1].stored.dtype # part: (name, expert); key of NUMBERS
 
-    def read(self,
-        part: tuple, # (name, expert)
-        rows: tuple, # first, end
-        cols: tuple, # first, end
-        out: np.ndarray # (rows, cols), any strides, the type in which this part's bits travel; filled
-    ) -> None:
-        "Copy a rectangle of a parameter. Threads may do so at once."
-        starts, ends = self._ends[part]
-        for b, p in self.where[part][bisect_right(ends, rows[0]):bisect_left(starts, rows[1])]:
-            r0, r1, c0, c1 = max(rows[0], b.rows[0]), min(rows[1], b.rows[1]), max(cols[0], b.cols[0]), min(cols[1], b.cols[1])
-            if c0 < c1: read_block(b, p, (r0, r1), (c0, c1), out[r0 - rows[0]:r1 - rows[0], c0 - cols[0]:c1 - cols[0]])
+# %% ../nbs/32c_megatron_source.ipynb #22326bfb
+@patch
+def read(self: FileSource,
+    part: tuple, # (name, expert)
+    rows: tuple, # first, end
+    cols: tuple, # first, end
+    out: np.ndarray # (rows, cols), any strides, the type in which this part's bits travel; filled
+) -> None:
+    "Copy a rectangle of a parameter. Threads may do so at once."
+    starts, ends = self._ends[part]
+    for b, p in self.where[part][bisect_right(ends, rows[0]):bisect_left(starts, rows[1])]:
+        r0, r1, c0, c1 = max(rows[0], b.rows[0]), min(rows[1], b.rows[1]), max(cols[0], b.cols[0]), min(cols[1], b.cols[1])
+        if c0 < c1: read_block(b, p, (r0, r1), (c0, c1), out[r0 - rows[0]:r1 - rows[0], c0 - cols[0]:c1 - cols[0]])
 
-    def check_copies(self) -> None:
-        "What several ranks hold alike must be alike. Raises UserError; checksums in the files save reading them."
-        for (a, p), (b, q) in self.copies:
-            s, t = p.stored, q.stored
-            if s.dtype == t.dtype and (s.crc == t.crc if s.crc and t.crc and p.blocks == q.blocks else same_block(a, p, b, q)): continue
-            raise UserError("copies_differ", one=f"{s.path.parent.name}/{s.name}", two=f"{t.path.parent.name}/{t.name}", label=self.label)
+@patch
+def check_copies(self: FileSource) -> None:
+    "What several ranks hold alike must be alike. Raises UserError; checksums in the files save reading them."
+    for (a, p), (b, q) in self.copies:
+        s, t = p.stored, q.stored
+        if s.dtype == t.dtype and (s.crc == t.crc if s.crc and t.crc and p.blocks == q.blocks else same_block(a, p, b, q)): continue
+        raise UserError("copies_differ", one=f"{s.path.parent.name}/{s.name}", two=f"{t.path.parent.name}/{t.name}", label=self.label)
 
-    def files(self) -> dict: # path -> (bytes, time of the last change)
-        "What the source consists of; another answer means another source."
-        paths = sorted({p.stored.path for p in self.stored})
-        return {str(p): (s.st_size, s.st_mtime_ns) for p in paths for s in [p.stat()]}
+@patch
+def files(self: FileSource) -> dict: # path -> (bytes, time of the last change)
+    "What the source consists of; another answer means another source."
+    paths = sorted({p.stored.path for p in self.stored})
+    return {str(p): (s.st_size, s.st_mtime_ns) for p in paths for s in [p.stat()]}
 
+# %% ../nbs/32c_megatron_source.ipynb #f9c8d969
 def read_block(
     b: Block, # a block of a stored matrix
     p: Placed, # the stored tensor
@@ -147,6 +153,7 @@ def same_block(
         if one.tobytes() != two.tobytes(): return False
     return True
 
+# %% ../nbs/32c_megatron_source.ipynb #763b70f1
 messages(copies_differ=("Found {one} and {two} of {label} with different numbers; expected the same, because they are copies of one parameter. A tied head that was trained apart needs "
                         "tie_word_embeddings=false in config.json; ranks that differ were not saved at the same step.",
                         "{label} 中 {one} 与 {two} 的数值不同；它们是同一参数的副本，应当相同。若输出层与词嵌入并未共享，请在 config.json 中设 tie_word_embeddings=false；各 rank 不一致说明不是同一步保存的。"))
@@ -220,6 +227,7 @@ def open_hf(
     source.check_copies()
     return source
 
+# %% ../nbs/32c_megatron_source.ipynb #f11bfaa3
 def tied_head(
     cfg: ModelConfig # the model
 ) -> list: # of Placed: none, or one
@@ -360,6 +368,7 @@ def open_megatron(
     for k, v in dict(pp=pp, ep=ep, stages=stages).items(): object.__setattr__(layout, k, v)
     return _source(cfg, layout, naming, vocab, found, folder, iteration, args, Path(path))
 
+# %% ../nbs/32c_megatron_source.ipynb #3ca178a8
 messages(
     no_args=("Found no args in the files of {path}, so the model's shape is unknown; expected them, or --hf-config with the folder of the original model. Pass it.",
              "{path} 的文件中没有 args，无法得知模型结构；请用 --hf-config 指定原始模型目录。"),
