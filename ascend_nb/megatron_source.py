@@ -263,11 +263,13 @@ def config_from_args(
     known = {f.name for f in fields(ModelConfig)}
     kw = {ours: d[k] for k, ours in _SAME.items() if d.get(k) is not None and ours in known}
     if not d.get("group_query_attention", True): kw["num_key_value_heads"] = kw["num_attention_heads"]
+    if isinstance(freq := d.get("moe_layer_freq"), (list, tuple)): kw |= dict(moe_layer_freq=1, mlp_only_layers=[i for i, on in enumerate(freq) if not on]) # Megatron's pattern
     if d.get("add_bias_linear"): kw |= dict(attention_bias=True, attention_out_bias=True)
     kw["num_hidden_layers"] -= len(noop_list(d.get("noop_layers")))
     kw |= dict(vocab_size=vocab, tie_word_embeddings=not d.get("untie_embeddings_and_output_weights"), num_experts=d.get("num_experts") or 0,
                norm_type="layernorm" if d.get("normalization") == "LayerNorm" else "rmsnorm", mlp_gated=bool(d.get("swiglu") or d.get("geglu") or d.get("gated_linear_unit")),
                hidden_act="silu" if d.get("swiglu") else "gelu", position_embedding={v: k for k, v in _POSITION.items()}.get(d.get("position_embedding_type"), "rope"),
+               topk_method="noaux_tc" if d.get("moe_router_enable_expert_bias") else "greedy",
                shared_expert_intermediate_size=d.get("moe_shared_expert_intermediate_size") or (d.get("n_shared_experts") or 0) * (d.get("moe_intermediate_size") or 0))
     return from_dict(ModelConfig, kw, "the checkpoint's args")
 
@@ -296,6 +298,7 @@ def megatron_args(
         normalization="LayerNorm" if cfg.norm_type == "layernorm" else "RMSNorm", add_rmsnorm_offset=cfg.norm_plus_one, tokenizer_type="PretrainedFromHF", padded_vocab_size=vocab, make_vocab_size_divisible_by=1,
         apply_query_key_layer_scaling=False, num_experts=cfg.num_experts or None, multi_head_latent_attention=bool(cfg.kv_lora_rank), multi_latent_attention=bool(cfg.kv_lora_rank),
         q_lora_rank=cfg.q_lora_rank or None, n_shared_experts=(cfg.shared_expert_intermediate_size // (cfg.moe_intermediate_size or 1)) or None,
+        moe_router_enable_expert_bias=cfg.topk_method == "noaux_tc", moe_layer_freq=[int(cfg.is_moe(i)) for i in range(cfg.num_hidden_layers)] if cfg.mlp_only_layers else cfg.moe_layer_freq,
         moe_shared_expert_intermediate_size=cfg.shared_expert_intermediate_size or None, params_dtype=dtype, bf16=dtype.name == "bfloat16", fp16=dtype.name == "float16",
         tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp, expert_model_parallel_size=layout.ep, context_parallel_size=1,
         virtual_pipeline_model_parallel_size=layout.chunks if layout.chunks > 1 else None, num_layers_per_virtual_pipeline_stage=layout.per_chunk or None,

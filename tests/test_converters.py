@@ -5,8 +5,6 @@ import shutil
 import subprocess
 import sys
 from argparse import Namespace
-from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,12 +13,13 @@ from safetensors.torch import load_file, save_file
 
 from ascend_nb import converters
 from ascend_nb.config import ModelLinkConvertConfig
-from ascend_nb.convert import plan, run
+from ascend_nb.convert import run
 from ascend_nb.core import UserError
-from ascend_nb.families import FAMILIES, config_from_hf, config_to_hf
+from ascend_nb.families import config_from_hf
+from ascend_nb.megatron_names import Naming, hf_placed
+from ascend_nb.megatron_format import Word
 from ascend_nb.megatron_layout import Layout
-from ascend_nb.megatron_names import Naming, hf_placed, rank_tensors
-from ascend_nb.megatron_source import open_hf, open_megatron
+from ascend_nb.megatron_source import config_from_args, megatron_args, open_hf, open_megatron
 from ascend_nb.names import canonical_shapes
 from ascend_nb.schema import parse_args
 from ascend_nb.shapes import ModelConfig
@@ -420,6 +419,14 @@ def test_shapes_of_all_families(tmp_path, name, naming):
         assert canonical_shapes(back.cfg) == canonical_shapes(cfg) and back.naming.style == naming.style
         converters.run(back, converters.hf_target(back, tmp_path / f"home{i}", {}, {"model.safetensors": converters.hf_files(tmp_path / "hf")["model.safetensors"]}), quiet=True)
         same_weights(tmp_path / "hf", tmp_path / f"home{i}")
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_model_is_known_from_megatrons_args_alone(name):
+    cfg = ModelConfig(**{**BASE, **SHAPES[name]})
+    args = megatron_args(cfg, Layout(4, pp=2, noop=(1, 4)), 61, Word("torch", "bfloat16"))
+    del args.ascend_nb
+    assert canonical_shapes(config_from_args(args, 61)) == canonical_shapes(cfg)
 
 
 def load(folder, *rank): return torch.load(folder / f"iter_0000001/{rank[0]}/model_optim_rng.pt", weights_only=False)["model"]
