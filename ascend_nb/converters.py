@@ -7,7 +7,7 @@ __all__ = ['PIECE', 'SafeLayout', 'OutFile', 'Target', 'fill', 'account', 'run',
            'megatron_target', 'hf_target']
 
 # %% ../nbs/33_converters.ipynb #da60b343
-import fcntl, hashlib, json, os, shutil, threading, time, zlib
+import fcntl, hashlib, json, os, resource, shutil, threading, time, zlib
 from bisect import bisect_left, bisect_right
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 from .core import Progress, UserError, atomic_file, check_space, human_bytes, messages
 from .megatron_format import NUMBERS, PtLayout, Stored, Word, from_float, numpy_type, safetensors_bytes, to_float
-from .megatron_layout import FILE, TRACKER, Layout
+from .megatron_layout import FILE, TRACKER, Layout, megatron_args
 from .megatron_names import Naming, Placed, hf_placed, qkv_picture, rank_tensors
-from .megatron_source import FileSource, close_files, hf_files, megatron_args, names, same_block, tied_head
+from .megatron_source import FileSource, close_files, hf_files, names, same_block, tied_head
 from .names import canonical_shapes
 from .shapes import ModelConfig
 
@@ -195,6 +195,7 @@ def run(
     "Convert. Raises UserError before anything is written where the plan does not add up; nothing half-done gets the target's name."
     begun, counts, size = time.time(), account(source, target), sum(f.layout.end for f in target.files)
     check_space(target.folder, size + 2**20)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2) # a file for each rank stays open
     cores = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     try:
         with _partial(target, _fingerprint(source, target)) as (tmp, done), ThreadPoolExecutor(cores) as pool:

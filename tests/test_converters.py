@@ -18,8 +18,8 @@ from ascend_nb.core import UserError
 from ascend_nb.families import config_from_hf
 from ascend_nb.megatron_names import Naming, hf_placed
 from ascend_nb.megatron_format import Word
-from ascend_nb.megatron_layout import Layout
-from ascend_nb.megatron_source import config_from_args, megatron_args, open_hf, open_megatron
+from ascend_nb.megatron_layout import Layout, config_from_args, megatron_args
+from ascend_nb.megatron_source import open_hf, open_megatron
 from ascend_nb.names import canonical_shapes
 from ascend_nb.schema import parse_args
 from ascend_nb.shapes import ModelConfig
@@ -201,6 +201,34 @@ def test_extra_tensors_come_home(tmp_path):
     save_file(tensors, f, {"format": "pt"})
     with pytest.raises(UserError) as e: go(tmp_path / "hf", tmp_path / "x", "--to mcore")
     assert e.value.key == "copies_differ" and "lm_head" in str(e.value)
+
+
+def test_transformers_opens_what_came_home(tmp_path):
+    "Shards by transformers; home again with nothing but a config.json at hand, as one file and as shards of ours."
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**{k: v for k, v in llama().items() if k not in ("architectures", "model_type")}), dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "hf", max_shard_size="20KB")
+    assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 3
+    go(tmp_path / "hf", tmp_path / "mg", "--to mcore --tp 2 --pp 2 --verify")
+    go(tmp_path / "mg", tmp_path / "same", "--to hf --hf-config", tmp_path / "hf")
+    same_weights(tmp_path / "hf", tmp_path / "same")
+    (tmp_path / "config").mkdir()
+    shutil.copy(tmp_path / "hf/config.json", tmp_path / "config")
+    go(tmp_path / "mg", tmp_path / "one", "--to hf --hf-config", tmp_path / "config")
+    source = open_megatron(tmp_path / "mg")
+    converters.run(source, converters.hf_target(source, tmp_path / "shards", {"config.json": tmp_path / "hf/config.json"}, most=20_000), quiet=True)
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 3
+    for name in ("one", "shards"):
+        back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.bfloat16).state_dict()
+        assert all(torch.equal(v, back[k]) for k, v in model.state_dict().items())
+
+
+def test_from_hugging_face_to_itself(home, tmp_path):
+    go(home, tmp_path / "copy", "--to hf --verify")
+    same_weights(home, tmp_path / "copy")
+    go(home, tmp_path / "wide", "--to hf --params-dtype fp32")
+    one, two = ({k: v for f in d.glob("*.safetensors") for k, v in load_file(f).items()} for d in (home, tmp_path / "wide"))
+    assert all(torch.equal(v.float(), two[k]) for k, v in one.items())
 
 
 def test_vocabulary_filled_up_for_others_is_cut(home, tmp_path):
@@ -441,7 +469,7 @@ def test_grouped_experts_are_views_of_transposed_matrices(tmp_path):
         m = load(tmp_path / "mg", f"mp_rank_00_{e:03d}")
         w1, w2 = m["decoder.layers.2.mlp.experts.weight1"], m["decoder.layers.2.mlp.experts.weight2"]
         assert w1.shape == (32, 2 * 48) and w2.shape == (2 * 24, 32)
-        for j, (a, b) in enumerate(zip(w1.view(2, 32, 48), w2.view(2, 24, 32))):
+        for j, (a, b) in enumerate(zip(w1.view(2, 32, 48), w2.view(2, 24, 32), strict=True)):
             assert torch.equal(a, torch.cat([gate[2 * e + j], up[2 * e + j]]).T) and torch.equal(b, down[2 * e + j].T)
         assert torch.equal(m["decoder.layers.2.mlp.router.weight"], hf["model.layers.2.mlp.router.weight"])
 
