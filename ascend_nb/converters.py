@@ -18,7 +18,7 @@ from .core import Progress, UserError, atomic_file, check_space, human_bytes, me
 from .megatron_format import NUMBERS, PtLayout, Stored, Word, from_float, numpy_type, safetensors_bytes, to_float
 from .megatron_layout import FILE, TRACKER, Layout, megatron_args
 from .megatron_names import Naming, Placed, hf_placed, qkv_picture, rank_tensors
-from .megatron_source import FileSource, close_files, hf_files, names, same_block, tied_head
+from .megatron_source import FileSource, close_files, hf_files, names, same_block, spelled, tied_head
 from .names import canonical_shapes
 from .shapes import ModelConfig
 
@@ -327,7 +327,8 @@ def hf_target(
     most: int = 5 * 10**9 # bytes of a shard
 ) -> Target:
     "A Hugging Face folder."
-    want, kind = {p.stored.name: p for p in hf_placed(source.cfg)}, lambda p: dtype or source.dtype(p.blocks[0].part)
+    have = {t.name for ts in (like or {}).values() for t in ts}
+    want, kind = {p.stored.name: p for p in spelled(hf_placed(source.cfg), have, source.cfg)}, lambda p: dtype or source.dtype(p.blocks[0].part)
     want = {k: replace(p, stored=replace(p.stored, dtype=kind(p))) for k, p in want.items()}
     files, texts = [], dict(texts)
     if like and all(f.endswith(".safetensors") for f in like): files = _as_it_was(source, want, like, dtype)
@@ -350,7 +351,7 @@ def _deal(tensors, most): # file name -> Stored, in order
 
 def _as_it_was(source, want, like, dtype): # files with the headers of the original ones
     from ascend_nb.megatron_format import safetensors_header
-    tied, out = {p.stored.name: p for p in tied_head(source.cfg)}, []
+    tied, out = {p.stored.name: p for p in spelled(tied_head(source.cfg), {t.name for ts in like.values() for t in ts}, source.cfg)}, []
     for name, stored in like.items():
         keep = [t if not dtype or t.name not in want else replace(t, dtype=dtype) for t in stored]
         same = keep == stored

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'OLDER', 'OLDER_LEGACY', 'descriptor', 'close_files', 'FileSource', 'read_block', 'same_block', 'names',
-           'located', 'hf_files', 'open_hf', 'tied_head', 'optional', 'open_megatron']
+           'located', 'hf_files', 'open_hf', 'tied_head', 'spelled', 'open_megatron']
 
 # %% ../nbs/32c_megatron_source.ipynb #3a285f8e
 import mmap, os, threading
 from argparse import Namespace
 from bisect import bisect_left, bisect_right
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
@@ -19,7 +20,7 @@ from .families import config_from_hf, read_json
 from .megatron_format import FLOATS, Stored, leaves, mapped, numpy_type, read_pt, read_safetensors
 from .megatron_layout import FILE, Layout, config_from_args, find_iteration
 from .megatron_names import DIALECTS, Block, Naming, Placed, hf_placed, matrix, part_shape, rank_tensors
-from .names import canonical_shapes, optional_hf
+from .names import canonical_shapes, may_lack, optional_hf
 from .shapes import ModelConfig
 
 # %% ../nbs/32c_megatron_source.ipynb #9c44124a
@@ -222,8 +223,10 @@ def open_hf(
     cfg, files = cfg or config_from_hf(folder), hf_files(folder)
     have = {t.name: t for ts in files.values() for t in ts}
     if (n := sum(map(len, files.values()))) != len(have): raise UserError("twice", path=folder, n=n - len(have))
-    may, head = optional_hf(cfg), [p for p in tied_head(cfg) if p.stored.name in have]
-    placed = located(hf_placed(cfg) + head, have, folder, f"a {cfg.model_type} model with its config.json", lambda k: optional(k, may))
+    may, prefix = optional_hf(cfg), may_lack(cfg)
+    head = [p for p in spelled(tied_head(cfg), have, cfg) if p.stored.name in have]
+    placed = located(spelled(hf_placed(cfg), have, cfg) + head, have, folder, f"a {cfg.model_type} model with its config.json",
+                     lambda k: any(fnmatchcase(x, m) for m in may for x in {k, prefix + k}))
     source = FileSource(cfg, placed, f"Hugging Face {cfg.model_type}", Path(folder))
     source.check_copies()
     return source
@@ -239,10 +242,14 @@ def tied_head(
 
 messages(twice=("Found {n} tensors twice in the shards of {path}; expected each once. Fetch the folder again.", "{path} 的分片中有 {n} 个张量重复；每个应只出现一次。请重新获取。"))
 
-def optional(name: str, may) -> bool: # name: of a tensor; may: from `optional_hf`, names with * or a test
-    "Is this one of the tensors that mean nothing?"
-    from fnmatch import fnmatchcase
-    return may(name) if callable(may) else any(fnmatchcase(name, m) for m in may)
+def spelled(
+    placed: list, # of Placed in the family's names
+    have, # names in a file
+    cfg: ModelConfig # the model
+) -> list: # of Placed in the file's names
+    "The first files of some families leave away the beginning of their names."
+    short = {p.stored.name: p.stored.name.removeprefix(may_lack(cfg)) for p in placed}
+    return [replace(p, stored=replace(p.stored, name=short[k])) if k not in have and short[k] in have else p for p in placed for k in [p.stored.name]]
 
 # %% ../nbs/32c_megatron_source.ipynb #f9414823
 def _grid(folders, args): # folder names, args -> {(t, p, e): folder}
