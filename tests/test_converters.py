@@ -20,6 +20,7 @@ from ascend_nb.megatron_names import Naming, hf_placed
 from ascend_nb.megatron_format import Word
 from ascend_nb.megatron_layout import Layout, config_from_args, megatron_args
 from ascend_nb.megatron_source import open_hf, open_megatron
+from ascend_nb.family_table import FAMILIES
 from ascend_nb.names import canonical_shapes
 from ascend_nb.schema import parse_args
 from ascend_nb.shapes import ModelConfig
@@ -423,7 +424,7 @@ NAMINGS = [Naming("legacy"), Naming("core"), Naming("core", grouped=True), Namin
 
 def shaped(tmp_path, kw):
     "Random weights of a shape, named as canonical parameters are in a Hugging Face folder."
-    cfg = ModelConfig(**{**BASE, **kw})
+    cfg = ModelConfig(**{**BASE, **kw}) if isinstance(kw, dict) else kw
     g = np.random.default_rng(3)
     tensors = {p.stored.name: torch.from_numpy(g.standard_normal(p.stored.shape).astype(np.float32)).bfloat16() for p in hf_placed(cfg)}
     (tmp_path / "hf").mkdir()
@@ -455,6 +456,49 @@ def test_the_model_is_known_from_megatrons_args_alone(name):
     args = megatron_args(cfg, Layout(4, pp=2, noop=(1, 4)), 61, Word("torch", "bfloat16"))
     del args.ascend_nb
     assert canonical_shapes(config_from_args(args, 61)) == canonical_shapes(cfg)
+
+
+def family_shape(name):
+    "A small model of a family, with what its row says that it always has."
+    row = FAMILIES[name]
+    kw = dict(BASE, model_type=name, **row.fixed)
+    if "{e}" in row.names: kw |= MOE | (dict(shared_expert_intermediate_size=40) if "shared" in row.names else {}) | (dict(shared_expert_gate=True) if "shared_expert_gate" in row.names else {})
+    if "kv_a_proj" in row.names: kw |= MLA | dict(q_lora_rank=20, first_k_dense_replace=1)
+    if name in ("qwen2_moe",): kw["mlp_only_layers"] = [1]
+    return ModelConfig(**{**kw, "tie_word_embeddings": name in ("gemma", "gemma2", "bloom", "gpt2", "minicpm"), **row.fixed})
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_comes_home(tmp_path, name):
+    "In the family's own names and packings: legacy, core, Transformer Engine, tensor and pipeline ranks."
+    cfg = family_shape(name)
+    source = shaped(tmp_path, cfg)[1]
+    assert {p for b in source.stored for p in [x.part[0] for x in b.blocks]} == set(canonical_shapes(cfg))
+    at = source
+    for i, (naming, tp, pp) in enumerate([(Naming("legacy"), 2, 2), (Naming("core", grouped=True), 1, 4), (Naming("engine", "megatron"), 2, 1)]):
+        target = converters.megatron_target(at, tmp_path / str(i), Layout(4, tp, pp), naming)
+        target.reopen = lambda d: open_megatron(d, cfg)
+        converters.run(at, target, verify=True, quiet=True)
+        at = open_megatron(tmp_path / str(i), cfg)
+    like = {"model.safetensors": converters.hf_files(tmp_path / "hf")["model.safetensors"]}
+    target = converters.hf_target(at, tmp_path / "home", {}, like)
+    target.reopen = lambda d: open_hf(d, cfg)
+    converters.run(at, target, verify=True, quiet=True)
+    same_weights(tmp_path / "hf", tmp_path / "home")
+
+
+@pytest.mark.parametrize("name", [k for k, f in FAMILIES.items() if f.prefix])
+def test_names_without_their_beginning(tmp_path, name):
+    "The first GPT-2 and Bloom: no `transformer.`, masks beside the weights."
+    cfg = family_shape(name)
+    tensors = {k.removeprefix(FAMILIES[name].prefix): v for k, v in shaped(tmp_path, cfg)[2].items()}
+    if name == "gpt2": tensors["h.0.attn.bias"] = torch.ones(1, 1, 8, 8)
+    save_file(tensors, tmp_path / "hf/model.safetensors", {"format": "pt"})
+    source = open_hf(tmp_path / "hf", cfg)
+    converters.run(source, converters.megatron_target(source, tmp_path / "mg", Layout(4, tp=2), Naming()), quiet=True)
+    back = open_megatron(tmp_path / "mg", cfg)
+    converters.run(back, converters.hf_target(back, tmp_path / "home", {}, converters.hf_files(tmp_path / "hf")), quiet=True)
+    same_weights(tmp_path / "hf", tmp_path / "home")
 
 
 def load(folder, *rank): return torch.load(folder / f"iter_0000001/{rank[0]}/model_optim_rng.pt", weights_only=False)["model"]
