@@ -734,6 +734,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'ascend_nb/megatron_format.py'),
                                            'ascend_nb.megatron_format._tensor': ( 'megatron_format.html#_tensor',
                                                                                   'ascend_nb/megatron_format.py'),
+                                           'ascend_nb.megatron_format._typed': ( 'megatron_format.html#_typed',
+                                                                                 'ascend_nb/megatron_format.py'),
                                            'ascend_nb.megatron_format.forget': ( 'megatron_format.html#forget',
                                                                                  'ascend_nb/megatron_format.py'),
                                            'ascend_nb.megatron_format.from_float': ( 'megatron_format.html#from_float',

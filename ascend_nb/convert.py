@@ -159,10 +159,10 @@ def as_model(
     from ascend_nb.converters import numpy_type, to_float
     from ascend_nb.model import Decoder
     with torch.device("meta"): model = Decoder(source.cfg)
-    state = {}
+    state, known = {}, set(source.parts())
     for name, p in model.state_dict().items():
         whole = np.empty(tuple(p.shape), np.float32)
-        for part in ([(name, e) for e in range(len(whole))] if (name, 0) in source.parts() else [(name, None)]):
+        for part in ([(name, e) for e in range(len(whole))] if (name, 0) in known else [(name, None)]):
             raw = np.empty(source.shape(part), numpy_type(source.dtype(part)))
             source.read(part, (0, raw.shape[0]), (0, raw.shape[1]), raw)
             (whole if part[1] is None else whole[part[1]])[...] = to_float(raw, source.dtype(part)).reshape(whole.shape[part[1] is not None:])
