@@ -84,10 +84,10 @@ def open_source(
 
 # %% ../nbs/35_convert.ipynb #9ce3680a
 FAMILY_WORDS = { # ModelLink's word -> model_type of config.json
-    "llama2": "llama mistral qwen2 internlm aquila Yi", "llama": "llama", "mixtral": "mixtral", "baichuan": "baichuan", "baichuan2": "baichuan", "chatglm3": "chatglm glm glm4",
+    "llama2": "llama mistral qwen2 internlm aquila", "llama": "llama", "mixtral": "mixtral", "baichuan": "baichuan", "baichuan2": "baichuan", "chatglm3": "chatglm glm glm4",
     "gemma": "gemma", "gemma2": "gemma2", "bloom": "bloom", "qwen": "qwen", "internlm2": "internlm2", "deepseek2": "deepseek_v2", "deepseek2-lite": "deepseek_v2", "minicpm": "minicpm",
-    "minicpm-moe": "minicpm minicpm-moe", "qwen2-moe": "qwen2_moe", "qwen3": "qwen3", "qwen3-moe": "qwen3_moe", "qwen25": "qwen2", "deepseek3": "deepseek_v3", "glm4_9b": "glm4 glm chatglm",
-    "phi3.5": "phi3", "phi3.5-moe": "phimoe", "gpt2": "gpt2"}
+    "minicpm-moe": "minicpm", "qwen2-moe": "qwen2_moe", "qwen3": "qwen3", "qwen3-moe": "qwen3_moe", "qwen25": "qwen2", "deepseek3": "deepseek_v3", "glm4_9b": "glm4 glm chatglm",
+    "phi3.5": "phi3", "gpt2": "gpt2", "grok1": "grok-1"}
 CLAIMS = dict(add_qkv_bias="attention_bias", add_dense_bias="attention_out_bias", post_norm="post_norms", embed_layernorm="embed_norm") # flag -> field that must be on
 
 def check_claims(
