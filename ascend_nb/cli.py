@@ -31,6 +31,7 @@ COMMANDS = {
     "data show": Command("inspect_data", "ShowConfig", "a sample as the model sees it, coloured by what is learned", "按是否学习着色显示模型看到的样本", "run_show"),
     "data report": Command("inspect_data", "ReportConfig", "tokens, lengths and packing of what preprocessing wrote", "预处理结果的词元数、长度与打包情况", "run_report"),
     "train": Command("training", "RunConfig", "pretrain or fine-tune, from a YAML file or flags", "预训练或全参微调，配置来自 YAML 或命令行"),
+    "convert": Command("convert", "ModelLinkConvertConfig", "weights between Hugging Face, Megatron legacy and core, cut for any parallel sizes", "在 Hugging Face、Megatron legacy 与 core 之间转换权重，支持任意并行切分"),
     "generate": Command("generate", "GenerateConfig", "continue a text, streaming", "流式续写文本"),
     "chat": Command("chat", "ChatConfig", "talk with a model", "人机对话"),
     "evaluate": Command("evaluator", "EvalConfig", "score a model on a benchmark", "在基准数据集上评估模型"),
