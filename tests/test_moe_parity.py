@@ -1,13 +1,29 @@
 "The sparse families: experts, latent attention and whole models against transformers, with the same weights."
 import importlib
+import json
+import math
 import os
+from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+
+from ascend_nb.config import SampleConfig, TrainConfig
+from ascend_nb.core import UserError
+from ascend_nb.datasets import Loader, Sample, collate_gpt
 from ascend_nb.experts import MoE, balance_loss, expert_load, load_balancing_loss
+from ascend_nb.families import config_from_hf, config_to_hf
+from ascend_nb.generate import Memory, next_ids
+from ascend_nb.hf_format import load_model, open_weights, save_model
 from ascend_nb.layers import Rope
+from ascend_nb.losses import causal_lm_loss
 from ascend_nb.mla import MLA
+from ascend_nb.model import Decoder, KVCache
+from ascend_nb.names import canonical_shapes, hf_entries, hf_shape
 from ascend_nb.shapes import ModelConfig
+from ascend_nb.trainer import Trainer
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -228,3 +244,233 @@ def test_an_adapter_on_kv_b_is_not_passed_by():
         want = ours(x, *rope(x))
         ours(x[:, :5], *rope(x[:, :5]), cache=cache)
         close(ours(x[:, 5:], *rope(x[:, 5:], 5), cache=cache), want[:, 5:], 1e-5, "the last token")
+
+
+# --- whole models ---------------------------------------------------------------------------------------------------------------
+
+BASE = dict(vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128)
+QWEN = dict(num_experts=8, num_experts_per_tok=3, moe_intermediate_size=24)
+SEEK = dict(num_key_value_heads=4, kv_lora_rank=24, q_lora_rank=20, qk_nope_head_dim=12, qk_rope_head_dim=8, v_head_dim=10, n_routed_experts=8,
+            num_experts_per_tok=3, moe_intermediate_size=24, n_shared_experts=2, first_k_dense_replace=1)
+MODELS = {  # name -> (model_type, what differs from BASE)
+    "mixtral": ("mixtral", dict(num_local_experts=4, rope_theta=1e6)),
+    "mixtral-window-tied": ("mixtral", dict(num_local_experts=4, num_experts_per_tok=1, sliding_window=8, tie_word_embeddings=True, head_dim=24)),
+    "qwen2_moe": ("qwen2_moe", dict(QWEN, shared_expert_intermediate_size=40, rope_theta=1e6)),
+    "qwen2_moe-mixed": ("qwen2_moe", dict(QWEN, shared_expert_intermediate_size=40, norm_topk_prob=True, qkv_bias=False, mlp_only_layers=[0], decoder_sparse_step=1)),
+    "qwen3_moe": ("qwen3_moe", dict(QWEN, head_dim=32, norm_topk_prob=True)),
+    "qwen3_moe-step": ("qwen3_moe", dict(QWEN, head_dim=16, attention_bias=True, decoder_sparse_step=2, num_hidden_layers=4, tie_word_embeddings=True)),
+    "deepseek_v2-lite": ("deepseek_v2", dict(SEEK, q_lora_rank=None, rope_scaling=YARN)),
+    "deepseek_v2": ("deepseek_v2", dict(SEEK, topk_method="group_limited_greedy", n_group=4, topk_group=2, routed_scaling_factor=16.0, attention_bias=True)),
+    "deepseek_v3": ("deepseek_v3", dict(SEEK, n_group=4, topk_group=2, rope_scaling=dict(YARN, mscale=1.0, mscale_all_dim=1.0))),
+    "deepseek_v3-plain": ("deepseek_v3", dict(SEEK, q_lora_rank=None, n_group=1, topk_group=1, norm_topk_prob=False, first_k_dense_replace=0, rope_theta=5e5)),
+}
+
+
+def ids(n=48, vocab=96): return torch.randint(0, vocab, (2, n), generator=torch.Generator().manual_seed(1))
+
+
+def theirs_of(case):
+    "A transformers model whose every parameter is random; the router's loss is on."
+    from transformers import AutoModelForCausalLM
+
+    kind, change = MODELS[case]
+    config = hf_config(kind, **{**BASE, **change})
+    config.output_router_logits = not kind.startswith("deepseek")  # transformers has no such loss for DeepSeek
+    return randomised(AutoModelForCausalLM.from_config(config, attn_implementation="eager", experts_implementation="eager").eval())
+
+
+@pytest.fixture(params=MODELS)
+def pair(request, tmp_path):
+    "(transformers' model, ours from its folder, the folder)"
+    theirs = theirs_of(request.param)
+    theirs.save_pretrained(tmp_path / "theirs")
+    return theirs, load_model(tmp_path / "theirs"), tmp_path
+
+
+def test_logits(pair):
+    theirs, ours, _ = pair
+    with torch.no_grad(): want = theirs(ids()).logits
+    assert want.std() > 0.5, "logits too small to compare"
+    with torch.no_grad(): close(ours(ids()), want, 1e-5, "logits")
+    assert ours.cfg.num_params() == sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in ours.parameters())
+
+
+def test_loss_and_gradients(pair):
+    theirs, ours, _ = pair
+    x = ids()
+    out = theirs(x, labels=x)
+    out.loss.backward()
+    labels = torch.cat((x[:, 1:], torch.full((2, 1), -100)), 1)
+    total, n = causal_lm_loss(ours.train(), SimpleNamespace(input_ids=x, labels=labels, position_ids=None, cu_seqlens=None))
+    (total / n).backward()
+    close(total / n, out.loss, 1e-5, "loss, the router's included")
+    grads, want = {k: p.grad for k, p in ours.named_parameters()}, {k: p.grad for k, p in theirs.named_parameters()}
+    assert sum(g.numel() for g in grads.values()) == sum(g.numel() for g in want.values())
+    for k, g in want.items():
+        for name, part in our_parts(k, g).items(): close(grads[name], part, 1e-4 * max(1.0, part.abs().max().item()), name)
+
+
+def our_parts(name, g):
+    "Our names and parts of a tensor of transformers' whole model (whose experts are fused)."
+    head, sep, inner = name.partition(".mlp.")
+    if not sep: return {name: g}
+    if inner == "experts.gate_up_proj": return dict(zip((f"{head}.mlp.experts.gate_proj", f"{head}.mlp.experts.up_proj"), g.chunk(2, 1)))
+    return {f"{head}.mlp.{our_name(inner)}": g}
+
+
+def test_saved_folder_opens_in_transformers(pair):
+    from transformers import AutoModelForCausalLM
+
+    theirs, ours, tmp = pair
+    save_model(ours, tmp / "ours", max_shard_bytes=100_000)
+    assert (tmp / "ours" / "model.safetensors.index.json").is_file()
+    again, info = AutoModelForCausalLM.from_pretrained(tmp / "ours", output_loading_info=True, attn_implementation="eager", experts_implementation="eager")
+    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    assert again.dtype == torch.float32 and type(again) is type(theirs)
+    with torch.no_grad(): assert torch.equal(again(ids()).logits, theirs(ids()).logits)
+    back = load_model(tmp / "ours").state_dict()
+    assert all(torch.equal(back[k], t) for k, t in ours.state_dict().items())
+
+
+def test_cached_steps(pair):
+    theirs, ours, _ = pair
+    x = ids(24)
+    with torch.no_grad():
+        want, cache = theirs(x).logits, KVCache(ours.cfg, 2, 24)
+        got = torch.cat([ours(x[:, a:b], cache=cache) for a, b in ((0, 10), (10, 11), (11, 20), (20, 23), (23, 24))], 1)
+    close(got, want, 1e-5, "logits with a cache")
+
+
+def test_packed_documents(pair):
+    _, ours, _ = pair
+    x, cut = ids(20)[:1], torch.tensor([0, 8, 20], dtype=torch.int32)
+    places = torch.cat((torch.arange(8), torch.arange(12)))[None]
+    with torch.no_grad(): together, alone = ours(x, places, cut)[:, 8:], ours(x[:, 8:])
+    close(together, alone, 1e-5, "the second document")
+
+
+# --- published sizes ------------------------------------------------------------------------------------------------------------
+
+PUBLISHED = {  # folder of the real config -> parameters
+    "Qwen--Qwen3-30B-A3B": 30_532_122_624, "mistralai--Mixtral-8x7B-v0.1": 46_702_792_704, "deepseek-ai--DeepSeek-V3": 671_026_404_352,
+    "deepseek_v2_lite": 15_706_484_224, "qwen2moe": 14_315_784_192,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_real_configs(name, shared_data):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    d = json.loads((shared_data / "configs" / name / "config.json").read_text())
+    d.pop("quantization_config", None)  # DeepSeek-V3 as it is after its fp8 weights were widened
+    d.pop("auto_map", None)
+    cfg, kind = config_from_hf(d), d.pop("model_type")
+    with torch.device("meta"): theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **d))
+    assert cfg.num_params() == sum(p.numel() for p in theirs.parameters()) == PUBLISHED[name]
+    entries = hf_entries(cfg)
+    assert sum(math.prod(hf_shape(e, cfg)) for e in entries) == PUBLISHED[name] + (cfg.topk_method == "noaux_tc") * cfg.num_experts * sum(
+        cfg.is_moe(i) for i in range(cfg.num_hidden_layers))
+    assert config_from_hf(config_to_hf(cfg)) == cfg
+    with torch.device("meta"): ours = Decoder(replace(cfg, num_hidden_layers=cfg.first_k_dense_replace + 1))  # a whole one has thousands of modules
+    shapes = canonical_shapes(ours.cfg)
+    assert {k: tuple(t.shape) for k, t in ours.state_dict().items()} == shapes
+
+
+def test_quantised_weights_are_refused(shared_data):
+    with pytest.raises(UserError, match="quantization_config"): config_from_hf(shared_data / "configs/deepseek-ai--DeepSeek-V3")
+
+
+# --- Grok-1: no class of transformers -------------------------------------------------------------------------------------------
+
+GROK = dict(model_type="grok-1", hidden_size=64, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=96,
+            num_local_experts=4, num_experts_per_tok=2, tie_word_embeddings=True)
+
+
+def test_grok_size():
+    "xAI gives 314B: 64 layers of 8 experts and of attention with 48 query and 8 key heads, without the embedding of 131,072 tokens."
+    cfg = config_from_hf(dict(model_type="grok-1", tie_word_embeddings=True))
+    layer = 8 * 3 * 6144 * 32768 + 6144 * 8 + 2 * 6144 * 128 * (48 + 8) + 4 * 6144
+    assert cfg.num_params() == 64 * layer + 6144 + 131072 * 6144
+    assert cfg.num_params() - 131072 * 6144 == pytest.approx(314e9, rel=0.004)
+    assert config_from_hf(config_to_hf(cfg)) == cfg
+
+
+def grok_by_formula(w, x, cfg):
+    "Grok-1 written out from xAI's JAX model: norms before and behind both parts, scores capped at 30, the two best of a softmax over all experts."
+    norm = lambda t, name: t * (t.pow(2).mean(-1, keepdim=True) + 1e-5).rsqrt() * w[name]
+    turn = lambda t: torch.cat((-t[..., t.shape[-1] // 2:], t[..., :t.shape[-1] // 2]), -1)
+    S, D, N, K = x.shape[1], 16, 4, 2
+    angle = (torch.arange(S)[:, None] / 10000 ** (torch.arange(0, D, 2) / D)).repeat(1, 2)
+    rope = lambda t: t * angle.cos() + turn(t) * angle.sin()
+    h = w["model.embed_tokens.weight"][x] * 78.38367176906169
+    for i in range(2):
+        at, n = f"model.layers.{i}.", norm(h, f"model.layers.{i}.pre_attn_norm.scale")
+        q, k, v = ((n @ w[f"{at}attn.{p}_proj.weight"].t()).unflatten(-1, (-1, D)).transpose(1, 2) for p in "qkv")
+        q, k, v = rope(q), rope(k).repeat_interleave(N // K, 1), v.repeat_interleave(N // K, 1)
+        s = 30 * torch.tanh(q @ k.transpose(2, 3) * 0.08838834764831845 / 30)
+        o = s.masked_fill(torch.ones(S, S).triu(1).bool(), float("-inf")).softmax(-1) @ v
+        h = h + norm(o.transpose(1, 2).flatten(2) @ w[f"{at}attn.o_proj.weight"].t(), f"{at}post_attn_norm.scale")
+        n = norm(h, f"{at}pre_moe_norm.scale")
+        best = (n @ w[f"{at}moe_block.gate.weight"].t()).softmax(-1).topk(2, -1)
+        y = torch.zeros_like(n)
+        for e in range(4):
+            part = [n @ w[f"{at}moe_block.experts.{e}.{p}.weight"].t() for p in ("linear", "linear_v")]
+            out = (torch.nn.functional.gelu(part[0], approximate="tanh") * part[1]) @ w[f"{at}moe_block.experts.{e}.linear_1.weight"].t()
+            y = y + out * (best.values * (best.indices == e)).sum(-1, keepdim=True)
+        h = h + norm(y, f"{at}post_moe_norm.scale")
+    return norm(h, "model.norm.scale") @ w["model.embed_tokens.weight"].t() * 0.5773502691896257
+
+
+def test_grok_logits(tmp_path):
+    ours = randomised(Decoder(config_from_hf(GROK)).eval())
+    with torch.no_grad(): ours.model.embed_tokens.weight.mul_(0.5)
+    save_model(ours, tmp_path / "grok")
+    weights = dict(open_weights(tmp_path / "grok"))
+    with torch.no_grad(): got, want = load_model(tmp_path / "grok")(ids(20)), grok_by_formula(weights, ids(20), ours.cfg)
+    assert want.std() > 0.3, "too small to compare"
+    close(got, want, 1e-4, "logits")
+    with torch.no_grad(): assert torch.equal(got, ours(ids(20)))
+
+
+# --- training and generation ----------------------------------------------------------------------------------------------------
+
+def tiny(kind):
+    "A new model of a family, from transformers' keys."
+    return Decoder(config_from_hf({"model_type": kind, **BASE, **MODELS[kind][1], "num_hidden_layers": 2})).init_weights(0)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "deepseek_v3"])
+def test_training_lowers_the_loss(kind):
+    r = np.random.RandomState(0)
+    rows = [np.arange(33) * r.randint(1, 5) % 96 for _ in range(16)]  # something to learn: counting in steps
+    cfg = TrainConfig(train_iters=20, lr=5e-3, micro_batch_size=4, device="cpu", lr_warmup_iters=2, log_interval=1)
+    t = Trainer(tiny(kind), cfg, Loader([Sample(x[:-1], x[1:].copy()) for x in rows], 4, collate_gpt), causal_lm_loss)
+    t.fit()
+    losses = [row["loss"] for row in t.rows]
+    assert losses[-1] < losses[0] - 1, losses
+    assert all(p.grad is None or p.grad.isfinite().all() for p in t.model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe", "deepseek_v2", "deepseek_v3"])
+def test_generation_with_a_cache_is_generation_without(kind):
+    model, prompt = randomised(tiny(kind)).eval(), ids(12)[0].tolist()
+    got = list(next_ids(model, prompt, SampleConfig(do_sample=False), 12, Memory(model)))
+    plain = list(prompt)
+    with torch.no_grad():
+        for _ in range(12): plain.append(model(torch.tensor([plain]))[0, -1].argmax().item())
+    assert got == plain[12:] and len(set(got)) > 2, got
+
+
+def test_experts_begin_alike_whoever_holds_them():
+    "Each expert is drawn from its own name: a process that holds two of eight makes the same two."
+    cfg = config_from_hf({"model_type": "qwen3_moe", **BASE, **QWEN, "initializer_range": 0.02})
+    whole = Decoder(cfg).init_weights(3).model.layers["1"].mlp.experts
+    part = Decoder(cfg)
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        for layer in part.model.layers.values():
+            layer.mlp.experts.register_parameter(name, torch.nn.Parameter(getattr(layer.mlp.experts, name).detach()[:2].clone()))
+    part = part.init_weights(3).model.layers["1"].mlp.experts
+    assert torch.equal(part.down_proj, whole.down_proj[:2]) and torch.equal(part.up_proj, whole.up_proj[:2])
+    assert not torch.equal(whole.up_proj[0], whole.up_proj[1])
+    close(whole.up_proj.std(), torch.tensor(0.02), 0.001, "deviation of a matrix")
+    close(whole.down_proj.std(), torch.tensor(0.02 / 6 ** 0.5), 0.001, "deviation of a matrix that writes into the stream")
