@@ -122,6 +122,12 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(cfg.num_experts, cfg.hidden_size).normal_(0, cfg.initializer_range))
         self.register_buffer("e_score_correction_bias", torch.zeros(cfg.num_experts) if cfg.topk_method == "noaux_tc" else None)
 
+    def _apply(self, fn, recurse=True): # .to(), .bfloat16(), …: the bias stays in fp32, as its steps are finer than those of bf16
+        kept = self.e_score_correction_bias
+        super()._apply(fn, recurse)
+        if kept is not None: self.e_score_correction_bias = self.e_score_correction_bias.float() if kept.is_meta else kept.to(self.weight.device)
+        return self
+
     def forward(self,
         x: Tensor # (T, H)
     ) -> tuple[Tensor, Tensor, Tensor]: # weights (T, k) fp32, experts (T, k), logits (T, E) fp32
