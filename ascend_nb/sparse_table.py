@@ -57,7 +57,7 @@ _DEEPSEEK = dict(_WITHOUT(_SHAPE, "head_dim"), vocab_size=102400, first_k_dense_
 _DEEPSEEK3 = dict(_DEEPSEEK, vocab_size=129280, hidden_size=7168, intermediate_size=18432, moe_intermediate_size=2048, num_hidden_layers=61, num_attention_heads=128,
                   n_shared_experts=1, n_routed_experts=256, routed_scaling_factor=2.5, n_group=8, topk_group=4, num_experts_per_tok=8, first_k_dense_replace=3,
                   norm_topk_prob=True, max_position_embeddings=4096, bos_token_id=0, eos_token_id=1)
-_QUIET = "output_router_logits router_jitter_noise_seed max_window_layers"
+_QUIET = "output_router_logits max_window_layers"
 _QUIET_DEEPSEEK = f"{_QUIET} head_dim qk_head_dim ep_size aux_loss_alpha seq_aux num_nextn_predict_layers"
 _LATENT_BIAS = dict(mlp_bias=False, qk_norm=False)
 
