@@ -7,7 +7,7 @@ __all__ = ['FAMILIES']
 
 # %% ../nbs/20b_sparse_table.ipynb #61d2a177
 from dataclasses import replace
-from .family_table import FAMILIES, Family, Twist, _ALL_FOUR, _DEPTH, _IDS, _LLAMA_NAMES, _PLAIN, _QWEN2, _SHAPE, _WITHOUT, _names, _tanh
+from .family_table import FAMILIES, Family, Twist, family, _ALL_FOUR, _DEPTH, _IDS, _LLAMA_NAMES, _PLAIN, _QWEN2, _SHAPE, _WITHOUT, _names, _tanh
 
 # %% ../nbs/20b_sparse_table.ipynb #6c90428e
 _MATRICES = "gate_proj up_proj down_proj"
