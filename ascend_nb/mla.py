@@ -33,7 +33,8 @@ def mla_scale(
 class MLA(nn.Module):
     "Multi-head latent attention (DeepSeek-AI 2024, V2 section 2.1). The norms of the latent vectors have eps 1e-6 whatever `rms_norm_eps` is, as in DeepSeek's code."
     def __init__(self,
-        cfg: ModelConfig # sizes and switches
+        cfg: ModelConfig, # sizes and switches
+        window: int | None = None # not used: every layer of a DeepSeek looks back to the first token
     ):
         super().__init__()
         H, N, R, Q = cfg.hidden_size, cfg.num_attention_heads, cfg.kv_lora_rank, cfg.q_lora_rank
