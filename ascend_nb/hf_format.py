@@ -9,7 +9,6 @@ __all__ = ['SAFE', 'BIN', 'DTYPES', 'OURS', 'SafeFile', 'write_safetensors', 'Bi
 # %% ../nbs/31_hf_format.ipynb #1408f30e
 import json, math, os, struct, zipfile
 from collections.abc import Mapping
-from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 import torch
@@ -18,7 +17,6 @@ from torch import Tensor
 from .core import Progress, UserError, atomic_dir, check_space, human_bytes, messages
 from .families import config_from_hf, config_to_hf, read_config, read_json
 from .model import Decoder
-from .names import RULES, canonical_shapes, hf_entries, hf_shape, may_lack, optional_hf, part_shape
 
 # %% ../nbs/31_hf_format.ipynb #5454417d
 SAFE, BIN = "model.safetensors", "pytorch_model.bin"
@@ -150,44 +148,29 @@ messages(
                   "{folder} 中的 lm_head.weight 与词嵌入不同，而 config.json 指定了 tie_word_embeddings。请在 config.json 中将其设为 false。"),
 )
 
-def _compare(folder, want, weights, cfg, drop): # want: name -> shape; drop: prefix that this folder's names lack; raises UserError for any difference
-    may = {k for k in weights if any(fnmatch(k, o) or fnmatch(drop + k, o) for o in optional_hf(cfg))}
+def _compare(folder, want, weights, tied): # want: name -> shape; raises UserError for any difference
+    head = "lm_head.weight"
+    may = {k for k in weights if k.endswith("rotary_emb.inv_freq") or (tied and k == head)}
     missing, extra = set(want) - set(weights), set(weights) - set(want) - may
     wrong = [f"{k} {list(weights.shape(k))}, by the config {list(s)}" for k, s in want.items() if k in weights and weights.shape(k) != s]
     if missing or extra or wrong:
         raise UserError("weights_mismatch", folder=folder, missing=_names(missing), extra=_names(extra), wrong=_names(wrong))
-
-def _check_tied(folder, weights, cfg, names): # names: name of ours -> name in the file; a tied head must be the embedding
-    head = _head(cfg)
-    if cfg.tie_word_embeddings and head in weights and not torch.equal(weights[head], weights[names["model.embed_tokens.weight"]]):
+    if tied and head in weights and not torch.equal(weights[head], weights["model.embed_tokens.weight"]):
         raise UserError("tied_differs", folder=folder)
 
-def _head(cfg): return next(e.hf for e in hf_entries(replace(cfg, tie_word_embeddings=False, num_hidden_layers=1)) if e.parts[0].name == "lm_head.weight")
-
-def _put(state, entry, t, shapes, **to): # the parts of a file's tensor into `state`; a tensor that is one of ours is not copied
-    views = RULES[entry.rule].split(t, [part_shape(p, shapes) for p in entry.parts])
-    for part, view in zip(entry.parts, views):
-        if part.index is None: state[part.name] = view.reshape(shapes[part.name]).contiguous().to(**to) if len(views) == 1 else view.to(**to, copy=True).reshape(shapes[part.name])
-        else: state.setdefault(part.name, torch.empty(shapes[part.name], **to))[part.index].copy_(view)
-
-# %% ../nbs/31_hf_format.ipynb #064a53d0
 def load_model(
     folder, # a model folder of a family in `families.FAMILIES`
     device="cpu", # where the weights go; they arrive one by one
-    dtype: torch.dtype = torch.float32 # the number format to compute in, whatever is stored; a buffer stays in fp32
+    dtype: torch.dtype = torch.float32 # the number format to compute in, whatever is stored
 ) -> Decoder: # in eval mode
     "Load a model with one copy of its weights in memory. Raises UserError unless config and weights fit each other exactly."
     cfg, weights = config_from_hf(folder), open_weights(folder)
     with torch.device("meta"): model = Decoder(cfg)
-    entries, shapes, drop, state = hf_entries(cfg), canonical_shapes(cfg), may_lack(cfg), {}
-    if not drop or any(k.startswith(drop) for k in weights): drop = ""
-    want = {e.hf.removeprefix(drop): tuple(hf_shape(e, cfg, shapes)) for e in entries}
-    _compare(folder, want, weights, cfg, drop)
-    _check_tied(folder, weights, cfg, {e.parts[0].name: e.hf.removeprefix(drop) for e in entries})
-    wide = {k for k, _ in model.named_buffers()}
+    want, state = {k: tuple(p.shape) for k, p in model.state_dict().items()}, {}
+    _compare(folder, want, weights, cfg.tie_word_embeddings)
     with Progress(len(want), "Loading weights", quiet=cfg.num_params() < 10**9) as bar:
-        for e in entries:
-            _put(state, e, weights[e.hf.removeprefix(drop)], shapes, device=device, dtype=torch.float32 if e.parts[0].name in wide else dtype)
+        for k in want:
+            state[k] = weights[k].to(device=device, dtype=dtype)
             bar.update()
     model.load_state_dict(state, assign=True)
     return model.eval()
@@ -213,30 +196,19 @@ def _split(state, most): # file name -> {name: Tensor}, in order, none above `mo
     if len(shards) == 1: return {SAFE: shards[0]}
     return {f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors": s for i, s in enumerate(shards)}
 
-class _Joined:
-    "A tensor of the file that is made of ours when it is written, not before."
-    def __init__(self, entry, state, shape):
-        self.entry, self.state, self.shape, self.dtype = entry, state, shape, state[entry.parts[0].name].dtype
-    def numel(self): return math.prod(self.shape)
-    def element_size(self): return self.dtype.itemsize
-    def detach(self):
-        ours = [self.state[p.name] if p.index is None else self.state[p.name][p.index] for p in self.entry.parts]
-        return RULES[self.entry.rule].join([t.detach() for t in ours])
-
 def _write_json(path, d): path.write_text(json.dumps(d, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 # %% ../nbs/31_hf_format.ipynb #a7db9b49
 def save_model(
-    model: Decoder, # anything with `.cfg` and a state_dict in our names
+    model: Decoder, # anything with `.cfg` and a state_dict in Hugging Face's names
     folder, # new, or with an earlier model, which is replaced
     tokenizer=None, # its files are put beside the model
     base_config=None, # config.json or folder of the model that this one came from: keys without effect on the numbers are kept
     max_shard_bytes: int = 5 * 10**9 # a larger model is cut into files of at most this size; transformers' old default
 ) -> Path: # the folder
     "Save a model so that transformers opens it. Raises UserError where the disk is too full or the folder holds other files."
-    state, folder, shapes = model.state_dict(), Path(folder), canonical_shapes(model.cfg)
-    theirs = {e.hf: _Joined(e, state, tuple(hf_shape(e, model.cfg, shapes))) for e in hf_entries(model.cfg)}
-    files, size = _split(theirs, max_shard_bytes), sum(t.numel() * t.element_size() for t in theirs.values())
+    state, folder = model.state_dict(), Path(folder)
+    files, size = _split(state, max_shard_bytes), sum(t.numel() * t.element_size() for t in state.values())
     _replaceable(folder)
     check_space(folder, size + 2**24) # and 16 MiB for the tokenizer and the rest
     hf = config_to_hf(model.cfg, base_config and read_config(base_config), str(next(iter(state.values())).dtype).removeprefix("torch."))
