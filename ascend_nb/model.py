@@ -131,6 +131,7 @@ class Stack(nn.Module):
         if self.norm is None: return x
         return self.norm(x) if self.out_factor == 1 else self.norm(x) * self.out_factor
 
+# %% ../nbs/23_model.ipynb #525ff6d0
 messages(
     no_place=("Found a token at position {at}; expected at most {n} positions, the rows of the model's position table. Shorten the text.",
               "词元位于位置 {at}；该模型的位置表只有 {n} 行。请缩短文本。"),
@@ -139,7 +140,7 @@ messages(
                  "layer_types 有 {types} 项，而模型有 {layers} 层；应每层一项。请修改 layer_types 或 num_hidden_layers。"),
 )
 
-# %% ../nbs/23_model.ipynb #525ff6d0
+# %% ../nbs/23_model.ipynb #71dc2209
 class Decoder(nn.Module):
     "A causal language model. `lm_head` exists only where it is not the embedding's own matrix (`tie_word_embeddings`)."
     def __init__(self,
@@ -184,8 +185,7 @@ class Decoder(nn.Module):
     ) -> Tensor: # logits (B, S, V); hidden states where this is not the last stage of a pipeline
         "Scores of the next token at every position."
         x = self.hidden(input_ids, position_ids, cu_seqlens, cache)
-        if self.model.norm is None: return x
-        return self.logits(x)
+        return x if self.model.norm is None else self.logits(x)
 
 # %% ../nbs/23_model.ipynb #4130289c
 def _draw(p, std, seed, name): # fill p from a generator of its own, on the CPU whatever p's device
