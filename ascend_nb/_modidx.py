@@ -868,6 +868,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'ascend_nb/megatron_source.py'),
                                            'ascend_nb.megatron_source._stages': ( 'megatron_source.html#_stages',
                                                                                   'ascend_nb/megatron_source.py'),
+                                           'ascend_nb.megatron_source._today': ( 'megatron_source.html#_today',
+                                                                                 'ascend_nb/megatron_source.py'),
                                            'ascend_nb.megatron_source.close_files': ( 'megatron_source.html#close_files',
                                                                                       'ascend_nb/megatron_source.py'),
                                            'ascend_nb.megatron_source.config_from_args': ( 'megatron_source.html#config_from_args',

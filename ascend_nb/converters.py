@@ -166,7 +166,8 @@ def _partial(target, mark): # the folder to work in, and {file: checksums} that 
         if not done:
             for p in tmp.iterdir(): p.name == ".lock" or (shutil.rmtree(p) if p.is_dir() else p.unlink())
             log.write_text(mark + "\n", encoding="utf-8")
-        yield tmp, done
+        try: yield tmp, done
+        except (UserError, OSError): shutil.rmtree(tmp); raise # a full disk or a wrong byte: nothing of it can be used
         log.unlink(); (tmp / ".lock").unlink()
         os.replace(tmp, final)
 

@@ -5,8 +5,6 @@ import shutil
 import subprocess
 import sys
 from argparse import Namespace
-from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,12 +13,13 @@ from safetensors.torch import load_file, save_file
 
 from ascend_nb import converters
 from ascend_nb.config import ModelLinkConvertConfig
-from ascend_nb.convert import plan, run
+from ascend_nb.convert import run
 from ascend_nb.core import UserError
-from ascend_nb.families import FAMILIES, config_from_hf, config_to_hf
+from ascend_nb.families import config_from_hf
+from ascend_nb.megatron_names import Naming, hf_placed
+from ascend_nb.megatron_format import Word
 from ascend_nb.megatron_layout import Layout
-from ascend_nb.megatron_names import Naming, hf_placed, rank_tensors
-from ascend_nb.megatron_source import open_hf, open_megatron
+from ascend_nb.megatron_source import config_from_args, megatron_args, open_hf, open_megatron
 from ascend_nb.names import canonical_shapes
 from ascend_nb.schema import parse_args
 from ascend_nb.shapes import ModelConfig
@@ -255,7 +254,27 @@ def test_a_wrong_byte_is_found(home, tmp_path, monkeypatch):
     monkeypatch.setattr(converters.os, "pwrite", lambda fd, raw, at: real(fd, bytes(len(raw)) if len(raw) == 48 * 32 * 2 // 2 else raw, at))
     go(home, tmp_path / "blind", "--to mcore --tp 2")
     with pytest.raises(UserError, match="differs from"): go(home, tmp_path / "mg", "--to mcore --tp 2 --verify")
-    assert not (tmp_path / "mg").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["blind"]
+
+
+def test_a_full_disk_leaves_nothing(home, tmp_path, monkeypatch):
+    def full(fd, raw, at): raise OSError(28, "No space left on device")
+    monkeypatch.setattr(converters.os, "pwrite", full)
+    with pytest.raises(OSError, match="No space"): go(home, tmp_path / "mg", "--to mcore --tp 2")
+    assert not list(tmp_path.iterdir())
+
+
+def test_older_names(home, tmp_path):
+    "Megatron of 2021: transformer, attention, input_layernorm."
+    go(home, tmp_path / "mg", "--to legacy --tp 2")
+    for p in (tmp_path / "mg").rglob("*.pt"):
+        d = torch.load(p, weights_only=False)
+        m = d["model"]["language_model"]
+        old = lambda k: k.replace("self_attention", "attention").replace("input_norm", "input_layernorm").replace("attention_norm", "attention_layernorm").replace("final_norm", "final_layernorm")
+        m["transformer"] = {old(k): v for k, v in m.pop("encoder").items()}
+        torch.save(d, p)
+    go(tmp_path / "mg", tmp_path / "home", "--to hf --hf-config", home)
+    same_weights(home, tmp_path / "home")
 
 
 def damaged(home, tmp_path, change):
@@ -355,3 +374,118 @@ def test_memory_stays_bounded(tmp_path):
 def test_no_torch_is_needed():
     r = subprocess.run([sys.executable, "-c", "import ascend_nb.convert, sys; print('torch' in sys.modules)"], capture_output=True, text=True, check=True)
     assert r.stdout.strip() == "False"
+
+
+MOE = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
+MLA = dict(kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8, num_key_value_heads=4, head_dim=4)
+SHAPES = { # what differs between families, without the families' names
+    "biases": dict(attention_bias=True, attention_out_bias=True, mlp_bias=True, tie_word_embeddings=False),
+    "gpt2": dict(norm_type="layernorm", mlp_gated=False, position_embedding="learned", attention_bias=True, attention_out_bias=True, mlp_bias=True, hidden_act="gelu", num_key_value_heads=4),
+    "bloom": dict(norm_type="layernorm", mlp_gated=False, position_embedding="alibi", embed_norm=True, attention_bias=True, attention_out_bias=True, mlp_bias=True, hidden_act="gelu", num_key_value_heads=4),
+    "gemma2": dict(post_norms=True, norm_plus_one=True, hidden_act="gelu_pytorch_tanh"),
+    "qwen3": dict(qk_norm=True, tie_word_embeddings=False),
+    "mixtral": dict(MOE, tie_word_embeddings=False),
+    "qwen2_moe": dict(MOE, tie_word_embeddings=False, shared_expert_intermediate_size=40, shared_expert_gate=True, attention_bias=True, mlp_only_layers=[1]),
+    "deepseek_v2": dict(MOE, **MLA, tie_word_embeddings=False, q_lora_rank=20, shared_expert_intermediate_size=48, first_k_dense_replace=1),
+    "deepseek_v2_lite": dict(MOE, **MLA, tie_word_embeddings=False, shared_expert_intermediate_size=48, first_k_dense_replace=1),
+    "deepseek_v3": dict(MOE, **MLA, tie_word_embeddings=False, q_lora_rank=20, shared_expert_intermediate_size=48, first_k_dense_replace=2, topk_method="noaux_tc", scoring_func="sigmoid"),
+}
+NAMINGS = [Naming("legacy"), Naming("core"), Naming("core", grouped=True), Naming("core", "mindspeed", True), Naming("engine", "megatron"), Naming("core", "megatron")]
+
+
+def shaped(tmp_path, kw):
+    "Random weights of a shape, named as canonical parameters are in a Hugging Face folder."
+    cfg = ModelConfig(**{**BASE, **kw})
+    g = np.random.default_rng(3)
+    tensors = {p.stored.name: torch.from_numpy(g.standard_normal(p.stored.shape).astype(np.float32)).bfloat16() for p in hf_placed(cfg)}
+    (tmp_path / "hf").mkdir()
+    save_file(tensors, tmp_path / "hf/model.safetensors", {"format": "pt"})
+    return cfg, open_hf(tmp_path / "hf", cfg), tensors
+
+
+@pytest.mark.parametrize("naming", NAMINGS, ids=lambda n: "-".join(map(str, n)))
+@pytest.mark.parametrize("name", SHAPES)
+def test_shapes_of_all_families(tmp_path, name, naming):
+    cfg, source, _ = shaped(tmp_path, SHAPES[name])
+    moe, shared = bool(cfg.num_experts), bool(cfg.kv_lora_rank) and (not cfg.q_lora_rank) and naming.dialect != "megatron"
+    for i, (tp, pp, ep, more) in enumerate([(1, 1, 1, {}), (2, 2, 1, {}), (1, 2, 2, dict(per_chunk=1)), (2, 1, 4, {}), (2, 3, 2, dict(noop=(0, 3)))]):
+        if ep > 1 and not moe: ep = 1
+        if shared: tp = 1
+        target = converters.megatron_target(source, tmp_path / f"mg{i}", Layout(4, tp, pp, ep, **more), naming, vocab=64)
+        target.reopen = lambda d: open_megatron(d, cfg)
+        paper = converters.run(source, target, verify=True, quiet=True)
+        assert paper["verified"]["bitwise_equal"] == len(source.parts())
+        back = open_megatron(tmp_path / f"mg{i}")
+        assert canonical_shapes(back.cfg) == canonical_shapes(cfg) and back.naming.style == naming.style
+        converters.run(back, converters.hf_target(back, tmp_path / f"home{i}", {}, {"model.safetensors": converters.hf_files(tmp_path / "hf")["model.safetensors"]}), quiet=True)
+        same_weights(tmp_path / "hf", tmp_path / f"home{i}")
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_model_is_known_from_megatrons_args_alone(name):
+    cfg = ModelConfig(**{**BASE, **SHAPES[name]})
+    args = megatron_args(cfg, Layout(4, pp=2, noop=(1, 4)), 61, Word("torch", "bfloat16"))
+    del args.ascend_nb
+    assert canonical_shapes(config_from_args(args, 61)) == canonical_shapes(cfg)
+
+
+def load(folder, *rank): return torch.load(folder / f"iter_0000001/{rank[0]}/model_optim_rng.pt", weights_only=False)["model"]
+
+
+def test_grouped_experts_are_views_of_transposed_matrices(tmp_path):
+    "weight1 and weight2 as Megatron's GroupedMLP looks at them."
+    cfg, source, hf = shaped(tmp_path, SHAPES["mixtral"])
+    converters.run(source, converters.megatron_target(source, tmp_path / "mg", Layout(4, ep=2), Naming(grouped=True)), quiet=True)
+    gate, up, down = (hf[f"model.layers.2.mlp.experts.{x}_proj"] for x in ("gate", "up", "down"))
+    for e in range(2):
+        m = load(tmp_path / "mg", f"mp_rank_00_{e:03d}")
+        w1, w2 = m["decoder.layers.2.mlp.experts.weight1"], m["decoder.layers.2.mlp.experts.weight2"]
+        assert w1.shape == (32, 2 * 48) and w2.shape == (2 * 24, 32)
+        for j, (a, b) in enumerate(zip(w1.view(2, 32, 48), w2.view(2, 24, 32))):
+            assert torch.equal(a, torch.cat([gate[2 * e + j], up[2 * e + j]]).T) and torch.equal(b, down[2 * e + j].T)
+        assert torch.equal(m["decoder.layers.2.mlp.router.weight"], hf["model.layers.2.mlp.router.weight"])
+
+
+def test_experts_one_by_one_on_tensor_ranks(tmp_path):
+    cfg, source, hf = shaped(tmp_path, SHAPES["qwen2_moe"])
+    converters.run(source, converters.megatron_target(source, tmp_path / "mg", Layout(4, tp=2, ep=2), Naming()), quiet=True)
+    m = load(tmp_path / "mg", "mp_rank_01_001")
+    at = "decoder.layers.0.mlp.experts.local_experts.1."
+    gate, up, down = (hf[f"model.layers.0.mlp.experts.{x}_proj"][3] for x in ("gate", "up", "down"))
+    assert torch.equal(m[at + "linear_fc1.weight"], torch.cat([gate.chunk(2)[1], up.chunk(2)[1]])) and torch.equal(m[at + "linear_fc2.weight"], down.chunk(2, 1)[1])
+    assert torch.equal(m["decoder.layers.0.mlp.shared_expert_gate.weight"], hf["model.layers.0.mlp.shared_expert_gate.weight"])
+    assert torch.equal(m["decoder.layers.0.mlp.shared_experts.linear_fc2.weight"], hf["model.layers.0.mlp.shared_expert.down_proj.weight"].chunk(2, 1)[1])
+    assert "decoder.layers.1.mlp.linear_fc1.weight" in m and "decoder.layers.1.mlp.router.weight" not in m
+
+
+@pytest.mark.parametrize("dialect", ["modellink", "mindspeed", "megatron"])
+def test_latent_attention_in_three_dialects(tmp_path, dialect):
+    cfg, source, hf = shaped(tmp_path, SHAPES["deepseek_v3"])
+    converters.run(source, converters.megatron_target(source, tmp_path / "mg", Layout(4, tp=2), Naming("core", dialect)), quiet=True)
+    m, a, at = load(tmp_path / "mg", "mp_rank_01"), "model.layers.3.self_attn.", "decoder.layers.3.self_attention."
+    names = {k.removeprefix(at) for k in m if k.startswith(at)}
+    fused = torch.cat([hf[f"{a}q_a_proj.weight"], hf[f"{a}kv_a_proj_with_mqa.weight"]])
+    want = dict(modellink={"linear_qkv.weight", "linear_qb.weight", "linear_kvb.weight", "q_layernorm.weight", "k_layernorm.weight", "linear_proj.weight"},
+                mindspeed={"linear_qkv.weight", "linear_q_up_proj.weight", "linear_kv_up_proj.weight", "q_layernorm.weight", "kv_layernorm.weight", "linear_proj.weight"},
+                megatron={"linear_q_down_proj.weight", "linear_kv_down_proj.weight", "linear_q_up_proj.weight", "linear_kv_up_proj.weight", "q_layernorm.weight", "kv_layernorm.weight", "linear_proj.weight"})
+    assert names == want[dialect]
+    if dialect != "megatron": assert torch.equal(m[at + "linear_qkv.weight"], fused)
+    up = "linear_qb.weight" if dialect == "modellink" else "linear_q_up_proj.weight"
+    assert torch.equal(m[at + up], hf[f"{a}q_b_proj.weight"].chunk(2)[1])
+    assert torch.equal(m["decoder.layers.3.mlp.router.expert_bias"], hf["model.layers.3.mlp.router.e_score_correction_bias"])
+
+
+def test_latent_attention_that_cannot_be_cut(tmp_path):
+    cfg, source, _ = shaped(tmp_path, SHAPES["deepseek_v2_lite"])
+    with pytest.raises(UserError, match="expected 1"): converters.megatron_target(source, tmp_path / "mg", Layout(4, tp=2), Naming())
+
+
+def test_nothing_is_dropped(tmp_path):
+    "A plan without the experts does not add up."
+    cfg, source, _ = shaped(tmp_path, SHAPES["mixtral"])
+    target = converters.megatron_target(source, tmp_path / "mg", Layout(4), Naming())
+    for f in target.files:
+        f.placed = {k: p for k, p in f.placed.items() if "local_experts" not in k}
+        f.layout.tensors = [t for t in f.layout.tensors if "local_experts" not in t.name]
+    with pytest.raises(UserError, match="Not used: .*experts"): converters.run(source, target)
+    assert [p.name for p in tmp_path.iterdir()] == ["hf"]
