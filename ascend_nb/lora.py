@@ -19,7 +19,7 @@ from .families import read_json
 from .megatron_format import Stored, from_float, read_pt, read_safetensors, leaves, safetensors_bytes, to_float
 from .megatron_layout import FILE, Layout, find_iteration
 from .megatron_names import hf_placed, matrix, part_shape, rank_tensors
-from .megatron_source import _chunks, _grid, _naming, _stages, config_from_args, names
+from .megatron_source import _chunks, _grid, _naming, _stages, names
 from .names import canonical_shapes
 from .shapes import ModelConfig
 
@@ -148,6 +148,8 @@ def _pattern(table, module, default): # what PEFT's rank_pattern or alpha_patter
 # %% ../nbs/34_lora.ipynb #8e049a34
 _KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<table>embedding_)?(?P<side>[AB])(?:\.(?!weight$)\w+)?(?:\.weight)?")
 
+_WHOLE = re.compile(r"\.(modules_to_save\.\w+|base_layer)\.") # matrices that were trained whole; an embedding with an adapter is saved beside it
+
 def _tensors(folder): # [Stored] of PEFT's folder
     for name, read in (("adapter_model.safetensors", read_safetensors), ("adapter_model.bin", lambda p: leaves(read_pt(p)))):
         if (folder / name).is_file(): return read(folder / name)
@@ -199,7 +201,7 @@ def read_peft(
     model, shapes = f"the {cfg.model_type} model", canonical_shapes(cfg)
     placed = {p.stored.name.removesuffix(".weight"): p for p in hf_placed(cfg)}
     found, other = _pairs(stored, _KEY, folder)
-    saved = {t.name.removeprefix("base_model.model.").replace(".modules_to_save.default.", ".").removesuffix(".weight"): t for t in other}
+    saved = {_WHOLE.sub(".", t.name.removeprefix("base_model.model.")).removesuffix(".weight"): t for t in other}
     if odd := [k for k in (*found, *saved) if k not in placed]: raise UserError("lora_names", names=names(odd), path=folder, model=model)
     if lost := _targets(conf, placed) - set(found): raise UserError("lora_lost", names=names(lost), path=folder)
     changes, whole = {}, {}
@@ -240,6 +242,14 @@ def _open_ranks(path): # -> folder, args or None, {(t, p, e): [{name: Stored} of
     args = next((t["args"] for t in trees.values() if isinstance(t, dict) and isinstance(t.get("args"), Namespace)), None)
     return folder, args, {rank: _chunks(trees[f], folder / f / FILE) for rank, f in _grid(trees, args).items()}
 
+def _seen(found, cfg, folder): # the Layout of the files that are there
+    (stages, layers), (tp, pp, ep) = _stages(found, len(found[0, 0, 0])), (1 + max(rank[i] for rank in found) for i in range(3))
+    layout = Layout(layers, tp)
+    for k, v in dict(pp=pp, ep=ep, stages=stages).items(): object.__setattr__(layout, k, v)
+    if layers != cfg.num_hidden_layers: raise UserError("layers_lost", path=folder, got=layers, want=cfg.num_hidden_layers)
+    if set(layout.ranks()) != set(found): raise UserError("ranks_lost", path=folder, have=names(map(str, found)), want=tp * pp * ep, tp=tp, pp=pp, ep=ep)
+    return layout
+
 def _strength(args, r, alpha, rank, name, path): # lora_alpha / r as the checkpoint or the flags say
     told = getattr(args, "lora_alpha", None)
     want = r if told is None else getattr(args, "lora_r", None) or rank
@@ -258,30 +268,22 @@ def read_megatron(
     folder, args, found = _open_ranks(path)
     keys = [k for chunks in found.values() for c in chunks for k in c]
     if not any("lora_" in k for k in keys): raise UserError("no_lora", path=path)
-    naming, shapes, model = _naming(keys), canonical_shapes(cfg), f"the {cfg.model_type} model"
-    (stages, layers), (tp, pp, ep) = _stages(found, len(found[0, 0, 0])), (1 + max(rank[i] for rank in found) for i in range(3))
-    layout = Layout(layers, tp)
-    for k, v in dict(pp=pp, ep=ep, stages=stages).items(): object.__setattr__(layout, k, v)
-    if layers != cfg.num_hidden_layers: raise UserError("layers_lost", path=folder, got=layers, want=cfg.num_hidden_layers)
-    if lost := [x for x in layout.ranks() if x not in found]: raise UserError("ranks_lost", path=folder, have=names(map(str, found)), want=tp * pp * ep, tp=tp, pp=pp, ep=ep)
+    naming, shapes, layout, model = _naming(keys), canonical_shapes(cfg), _seen(found, cfg, folder), f"the {cfg.model_type} model"
     changes, words, paths, ranks, dtype = {}, set(), set(), {}, ""
     for rank, chunks in found.items():
-        for want, have in zip(rank_tensors(cfg, layout, naming, rank, 0, shapes), chunks):
+        for want, have in zip(rank_tensors(cfg, layout, naming, rank, -(-cfg.vocab_size // layout.tp) * layout.tp, shapes), chunks, strict=True):
             placed = {p.stored.name.removesuffix(".weight"): p for p in want}
             pairs, _ = _pairs([t for k, t in have.items() if "lora_" in k], _RANK_KEY, folder)
             if odd := set(pairs) - set(placed): raise UserError("lora_names", names=names(odd), path=folder, model=model)
             for m, d in pairs.items():
-                n, dtype = d["A"].shape[0], d["A"].dtype
-                mine = {}
+                n, dtype, mine = d["A"].shape[0], d["A"].dtype, {}
                 _deal(_low(d, placed[m], _strength(args, r, alpha, n, d["A"].name, folder), model), placed[m], mine)
                 for part, low in mine.items(): changes.setdefault(part, {}).update(low); ranks[part] = n
                 words.add(m.rsplit(".", 1)[1]); paths.add(d["A"].path)
     if targets and words != set(targets): raise UserError("lora_words", got=names(words), path=folder, want=names(targets))
-    return Adapter(_whole(_joined(changes, shapes), ranks, folder), {}, "a Megatron adapter", tuple(paths), dtype)
-
-def _whole(changes, ranks, folder): # raise unless copies agreed and each matrix kept its rank
-    if bad := [k for k, low in changes.items() if low.rank != ranks[k]]: raise UserError("lora_copies", path=folder, name=names(k for k, _ in bad))
-    return changes
+    changes = _joined(changes, shapes)
+    if bad := [k for k, low in changes.items() if low.rank != ranks[k]]: raise UserError("lora_copies", path=folder, name=names(k for k, _ in bad)) # copies that agree join to one rank
+    return Adapter(changes, {}, "a Megatron adapter", tuple(paths), dtype)
 
 # %% ../nbs/34_lora.ipynb #bd07d14b
 def read_adapter(
@@ -328,7 +330,7 @@ def write_peft(
     folder, # new or empty
     base: str = "" # the model's folder or name, for adapter_config.json
 ) -> Path: # the folder
-    "Write `adapter_config.json` and `adapter_model.safetensors`. Raises UserError where the adapter changes a tied or whole matrix, or the folder is taken."
+    "Write `adapter_config.json` and `adapter_model.safetensors`. Raises UserError where the adapter holds whole matrices, or the folder is taken."
     if adapter.whole: raise UserError("lora_kind", what="whole matrices (modules_to_save)", path=adapter.paths[0])
     lows, tensors = _for_peft(adapter, cfg), {}
     for m, low in lows.items():
