@@ -15,9 +15,9 @@ from .converters import OutFile, Target, hf_target, megatron_target, padded, run
 from .core import UserError, human_bytes, messages, one_of, say
 from .families import check_vocab, config_from_hf, config_to_hf, read_json
 from .megatron_format import NUMBERS
-from .megatron_layout import TRACKER, FILE, Layout
+from .megatron_layout import FILE, TRACKER, Layout, noop_list
 from .megatron_names import Naming, qkv_picture
-from .megatron_source import FileSource, hf_files, names, noop_list, open_hf, open_megatron
+from .megatron_source import FileSource, hf_files, names, open_hf, open_megatron
 
 # %% ../nbs/35_convert.ipynb #269e07c2
 messages(

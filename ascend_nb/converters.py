@@ -7,7 +7,7 @@ __all__ = ['PIECE', 'SafeLayout', 'OutFile', 'Target', 'fill', 'account', 'run',
            'megatron_target', 'hf_target']
 
 # %% ../nbs/33_converters.ipynb #da60b343
-import fcntl, hashlib, json, os, shutil, threading, time, zlib
+import fcntl, hashlib, json, os, resource, shutil, threading, time, zlib
 from bisect import bisect_left, bisect_right
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 from .core import Progress, UserError, atomic_file, check_space, human_bytes, messages
 from .megatron_format import NUMBERS, PtLayout, Stored, Word, from_float, numpy_type, safetensors_bytes, to_float
-from .megatron_layout import FILE, TRACKER, Layout
+from .megatron_layout import FILE, TRACKER, Layout, megatron_args
 from .megatron_names import Naming, Placed, hf_placed, qkv_picture, rank_tensors
-from .megatron_source import FileSource, close_files, hf_files, megatron_args, names, same_block, tied_head
+from .megatron_source import FileSource, close_files, hf_files, names, same_block, spelled, tied_head
 from .names import canonical_shapes
 from .shapes import ModelConfig
 
@@ -195,6 +195,7 @@ def run(
     "Convert. Raises UserError before anything is written where the plan does not add up; nothing half-done gets the target's name."
     begun, counts, size = time.time(), account(source, target), sum(f.layout.end for f in target.files)
     check_space(target.folder, size + 2**20)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2) # a file for each rank stays open
     cores = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     try:
         with _partial(target, _fingerprint(source, target)) as (tmp, done), ThreadPoolExecutor(cores) as pool:
@@ -326,7 +327,8 @@ def hf_target(
     most: int = 5 * 10**9 # bytes of a shard
 ) -> Target:
     "A Hugging Face folder."
-    want, kind = {p.stored.name: p for p in hf_placed(source.cfg)}, lambda p: dtype or source.dtype(p.blocks[0].part)
+    have = {t.name for ts in (like or {}).values() for t in ts}
+    want, kind = {p.stored.name: p for p in spelled(hf_placed(source.cfg), have, source.cfg)}, lambda p: dtype or source.dtype(p.blocks[0].part)
     want = {k: replace(p, stored=replace(p.stored, dtype=kind(p))) for k, p in want.items()}
     files, texts = [], dict(texts)
     if like and all(f.endswith(".safetensors") for f in like): files = _as_it_was(source, want, like, dtype)
@@ -349,7 +351,7 @@ def _deal(tensors, most): # file name -> Stored, in order
 
 def _as_it_was(source, want, like, dtype): # files with the headers of the original ones
     from ascend_nb.megatron_format import safetensors_header
-    tied, out = {p.stored.name: p for p in tied_head(source.cfg)}, []
+    tied, out = {p.stored.name: p for p in spelled(tied_head(source.cfg), {t.name for ts in like.values() for t in ts}, source.cfg)}, []
     for name, stored in like.items():
         keep = [t if not dtype or t.name not in want else replace(t, dtype=dtype) for t in stored]
         same = keep == stored

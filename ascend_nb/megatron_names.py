@@ -68,12 +68,14 @@ def hf_placed(
     "The tensors of a Hugging Face model and the canonical parameters in them."
     shapes, out = canonical_shapes(cfg), []
     for entry in hf_entries(cfg):
-        shape = tuple(hf_shape(entry, cfg))
+        shape = hf_shape(entry, cfg, shapes)
         space = np.frombuffer(mmap.mmap(-1, max(prod(shape), 1)), np.uint8)[:prod(shape)].reshape(shape)
         views, blocks = RULES[entry.rule].split(space, [part_shape(shapes, (p.name, p.index)) for p in entry.parts]), []
         for p, v in zip(entry.parts, views, strict=True):
             offset = v.__array_interface__["data"][0] - space.__array_interface__["data"][0]
-            blocks += _blocks((p.name, p.index), v, offset, matrix(shape)[1])
+            if p.index is not None or ".experts." not in p.name: blocks += _blocks((p.name, p.index), v, offset, matrix(shape)[1])
+            else: # all experts in one tensor of the file
+                for e, one in enumerate(v): blocks += _blocks((p.name, e), one, offset + e * v.strides[0], matrix(shape)[1])
         out.append(Placed(Stored(entry.hf, shape, "fp32"), tuple(blocks)))
     return out
 

@@ -4,24 +4,23 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'OLDER', 'OLDER_LEGACY', 'descriptor', 'close_files', 'FileSource', 'read_block', 'same_block', 'names',
-           'located', 'hf_files', 'open_hf', 'tied_head', 'optional', 'config_from_args', 'noop_list', 'megatron_args',
-           'open_megatron']
+           'located', 'hf_files', 'open_hf', 'tied_head', 'spelled', 'open_megatron']
 
 # %% ../nbs/32c_megatron_source.ipynb #3a285f8e
-import json, mmap, os
+import mmap, os, threading
 from argparse import Namespace
 from bisect import bisect_left, bisect_right
-from dataclasses import fields, replace
+from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 from .core import UserError, messages
 from .families import config_from_hf, read_json
 from .megatron_format import FLOATS, Stored, leaves, mapped, numpy_type, read_pt, read_safetensors
-from .megatron_layout import FILE, Layout, find_iteration
+from .megatron_layout import FILE, Layout, config_from_args, find_iteration
 from .megatron_names import DIALECTS, Block, Naming, Placed, hf_placed, matrix, part_shape, rank_tensors
-from .names import canonical_shapes, optional_hf
-from .schema import from_dict
+from .names import canonical_shapes, may_lack, optional_hf
 from .shapes import ModelConfig
 
 # %% ../nbs/32c_megatron_source.ipynb #9c44124a
@@ -46,13 +45,14 @@ def _pread(path, out, at): # fill a contiguous array from a file
         if not n: raise UserError("file_shrank", path=path)
         view, at = view[n:], at + n
 
-_OPEN = {} # path -> file descriptor
+_OPEN, _DOOR = {}, threading.Lock() # path -> file descriptor; one thread opens at a time
 def descriptor(
     path: str # a file
 ) -> int: # kept open until `close_files`
     "Open a file once for reading."
-    if path not in _OPEN: _OPEN[path] = os.open(path, os.O_RDONLY)
-    return _OPEN[path]
+    with _DOOR:
+        if path not in _OPEN: _OPEN[path] = os.open(path, os.O_RDONLY)
+        return _OPEN[path]
 
 def close_files() -> None:
     "Close what `descriptor` and `mapped` opened."
@@ -117,6 +117,7 @@ def check_copies(self: FileSource) -> None:
         s, t = p.stored, q.stored
         if s.dtype == t.dtype and (s.crc == t.crc if s.crc and t.crc and p.blocks == q.blocks else same_block(a, p, b, q)): continue
         raise UserError("copies_differ", one=f"{s.path.parent.name}/{s.name}", two=f"{t.path.parent.name}/{t.name}", label=self.label)
+    close_files() # another file may get this name before we read again
 
 @patch
 def files(self: FileSource) -> dict: # path -> (bytes, time of the last change)
@@ -222,8 +223,10 @@ def open_hf(
     cfg, files = cfg or config_from_hf(folder), hf_files(folder)
     have = {t.name: t for ts in files.values() for t in ts}
     if (n := sum(map(len, files.values()))) != len(have): raise UserError("twice", path=folder, n=n - len(have))
-    may, head = optional_hf(cfg), [p for p in tied_head(cfg) if p.stored.name in have]
-    placed = located(hf_placed(cfg) + head, have, folder, f"a {cfg.model_type} model with its config.json", lambda k: optional(k, may))
+    may, prefix = optional_hf(cfg), may_lack(cfg)
+    head = [p for p in spelled(tied_head(cfg), have, cfg) if p.stored.name in have]
+    placed = located(spelled(hf_placed(cfg), have, cfg) + head, have, folder, f"a {cfg.model_type} model with its config.json",
+                     lambda k: any(fnmatchcase(x, m) for m in may for x in {k, prefix + k}))
     source = FileSource(cfg, placed, f"Hugging Face {cfg.model_type}", Path(folder))
     source.check_copies()
     return source
@@ -239,72 +242,14 @@ def tied_head(
 
 messages(twice=("Found {n} tensors twice in the shards of {path}; expected each once. Fetch the folder again.", "{path} 的分片中有 {n} 个张量重复；每个应只出现一次。请重新获取。"))
 
-def optional(name: str, may) -> bool: # name: of a tensor; may: from `optional_hf`, names with * or a test
-    "Is this one of the tensors that mean nothing?"
-    from fnmatch import fnmatchcase
-    return may(name) if callable(may) else any(fnmatchcase(name, m) for m in may)
-
-# %% ../nbs/32c_megatron_source.ipynb #f0461162
-_POSITION = dict(rope="rope", alibi="alibi", learned="learned_absolute")
-_SAME = dict(num_layers="num_hidden_layers", hidden_size="hidden_size", ffn_hidden_size="intermediate_size", num_attention_heads="num_attention_heads",
-    kv_channels="head_dim", num_query_groups="num_key_value_heads", max_position_embeddings="max_position_embeddings", norm_epsilon="rms_norm_eps", rotary_base="rope_theta",
-    rotary_percent="partial_rotary_factor", rotary_interleaved="rope_interleaved", add_qkv_bias="attention_bias", add_dense_bias="attention_out_bias",
-    apply_layernorm_1p="norm_plus_one", qk_layernorm="qk_norm", post_norm="post_norms", embed_layernorm="embed_norm", add_bias_linear="mlp_bias",
-    moe_intermediate_size="moe_intermediate_size", first_k_dense_replace="first_k_dense_replace", moe_router_topk="num_experts_per_tok", q_lora_rank="q_lora_rank", kv_lora_rank="kv_lora_rank",
-    qk_nope_head_dim="qk_nope_head_dim", qk_rope_head_dim="qk_rope_head_dim", v_head_dim="v_head_dim", shared_expert_gate="shared_expert_gate", moe_layer_freq="moe_layer_freq") # Megatron's word -> ours
-
-def config_from_args(
-    args: Namespace, # of a checkpoint
-    vocab: int # rows of the embedding
-) -> ModelConfig: # enough to know every tensor; its vocabulary is the filled-up one where nothing else is told
-    "The shape of the model that Megatron's settings describe."
-    d = vars(args)
-    if isinstance(d.get("ascend_nb"), dict): return from_dict(ModelConfig, d["ascend_nb"], "the checkpoint's args")
-    known = {f.name for f in fields(ModelConfig)}
-    kw = {ours: d[k] for k, ours in _SAME.items() if d.get(k) is not None and ours in known}
-    if not d.get("group_query_attention", True): kw["num_key_value_heads"] = kw["num_attention_heads"]
-    if isinstance(freq := d.get("moe_layer_freq"), (list, tuple)): kw |= dict(moe_layer_freq=1, mlp_only_layers=[i for i, on in enumerate(freq) if not on]) # Megatron's pattern
-    if d.get("add_bias_linear"): kw |= dict(attention_bias=True, attention_out_bias=True)
-    kw["num_hidden_layers"] -= len(noop_list(d.get("noop_layers")))
-    kw |= dict(vocab_size=vocab, tie_word_embeddings=not d.get("untie_embeddings_and_output_weights"), num_experts=d.get("num_experts") or 0,
-               norm_type="layernorm" if d.get("normalization") == "LayerNorm" else "rmsnorm", mlp_gated=bool(d.get("swiglu") or d.get("geglu") or d.get("gated_linear_unit")),
-               hidden_act="silu" if d.get("swiglu") else "gelu", position_embedding={v: k for k, v in _POSITION.items()}.get(d.get("position_embedding_type"), "rope"),
-               topk_method="noaux_tc" if d.get("moe_router_enable_expert_bias") else "greedy",
-               shared_expert_intermediate_size=d.get("moe_shared_expert_intermediate_size") or (d.get("n_shared_experts") or 0) * (d.get("moe_intermediate_size") or 0))
-    return from_dict(ModelConfig, kw, "the checkpoint's args")
-
-def noop_list(
-    text # "0,31", a list, a set or nothing
-) -> tuple: # of positions
-    "The positions without weights."
-    return tuple(sorted(int(x) for x in (text.split(",") if isinstance(text, str) else text or ()) if str(x).strip()))
-
-# %% ../nbs/32c_megatron_source.ipynb #dad7fa2e
-def megatron_args(
-    cfg: ModelConfig, # the model
-    layout: Layout, # parallel sizes
-    vocab: int, # rows of the filled-up vocabulary
-    dtype, # Word("torch", "bfloat16")
-    base: Namespace | None = None # settings of the checkpoint that it came from; plain values of it are kept
-) -> Namespace: # what Megatron and ModelLink read back
-    "The settings beside the weights."
-    from ascend_nb.schema import to_dict
-    plain = lambda v: v is None or isinstance(v, (bool, int, float, str)) or isinstance(v, (list, tuple)) and all(map(plain, v))
-    d = {k: v for k, v in vars(base).items() if plain(v)} if base else {}
-    d |= {k: getattr(cfg, ours) for k, ours in _SAME.items()} | dict(
-        num_layers=layout.layers + len(layout.noop), group_query_attention=cfg.num_key_value_heads != cfg.num_attention_heads, seq_length=cfg.max_position_embeddings,
-        position_embedding_type=_POSITION[cfg.position_embedding], add_position_embedding=cfg.position_embedding == "learned", use_rotary_position_embeddings=cfg.position_embedding == "rope",
-        swiglu=cfg.mlp_gated and cfg.hidden_act == "silu", geglu=cfg.mlp_gated and cfg.hidden_act != "silu", untie_embeddings_and_output_weights=not cfg.tie_word_embeddings,
-        normalization="LayerNorm" if cfg.norm_type == "layernorm" else "RMSNorm", add_rmsnorm_offset=cfg.norm_plus_one, tokenizer_type="PretrainedFromHF", padded_vocab_size=vocab, make_vocab_size_divisible_by=1,
-        apply_query_key_layer_scaling=False, num_experts=cfg.num_experts or None, multi_head_latent_attention=bool(cfg.kv_lora_rank), multi_latent_attention=bool(cfg.kv_lora_rank),
-        q_lora_rank=cfg.q_lora_rank or None, n_shared_experts=(cfg.shared_expert_intermediate_size // (cfg.moe_intermediate_size or 1)) or None,
-        moe_router_enable_expert_bias=cfg.topk_method == "noaux_tc", moe_layer_freq=[int(cfg.is_moe(i)) for i in range(cfg.num_hidden_layers)] if cfg.mlp_only_layers else cfg.moe_layer_freq,
-        moe_shared_expert_intermediate_size=cfg.shared_expert_intermediate_size or None, params_dtype=dtype, bf16=dtype.name == "bfloat16", fp16=dtype.name == "float16",
-        tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp, expert_model_parallel_size=layout.ep, context_parallel_size=1,
-        virtual_pipeline_model_parallel_size=layout.chunks if layout.chunks > 1 else None, num_layers_per_virtual_pipeline_stage=layout.per_chunk or None,
-        num_layer_list=",".join(map(str, layout.layer_list)) or None, noop_layers=",".join(map(str, layout.noop)) or None, sequence_parallel=False,
-        iteration=1, consumed_train_samples=0, consumed_valid_samples=0, global_batch_size=1024, micro_batch_size=1, ascend_nb=to_dict(cfg))
-    return Namespace(**d)
+def spelled(
+    placed: list, # of Placed in the family's names
+    have, # names in a file
+    cfg: ModelConfig # the model
+) -> list: # of Placed in the file's names
+    "The first files of some families leave away the beginning of their names."
+    short = {p.stored.name: p.stored.name.removeprefix(may_lack(cfg)) for p in placed}
+    return [replace(p, stored=replace(p.stored, name=short[k])) if k not in have and short[k] in have else p for p in placed for k in [p.stored.name]]
 
 # %% ../nbs/32c_megatron_source.ipynb #f9414823
 def _grid(folders, args): # folder names, args -> {(t, p, e): folder}

@@ -18,8 +18,9 @@ from ascend_nb.core import UserError
 from ascend_nb.families import config_from_hf
 from ascend_nb.megatron_names import Naming, hf_placed
 from ascend_nb.megatron_format import Word
-from ascend_nb.megatron_layout import Layout
-from ascend_nb.megatron_source import config_from_args, megatron_args, open_hf, open_megatron
+from ascend_nb.megatron_layout import Layout, config_from_args, megatron_args
+from ascend_nb.megatron_source import open_hf, open_megatron
+from ascend_nb.family_table import FAMILIES
 from ascend_nb.names import canonical_shapes
 from ascend_nb.schema import parse_args
 from ascend_nb.shapes import ModelConfig
@@ -201,6 +202,34 @@ def test_extra_tensors_come_home(tmp_path):
     save_file(tensors, f, {"format": "pt"})
     with pytest.raises(UserError) as e: go(tmp_path / "hf", tmp_path / "x", "--to mcore")
     assert e.value.key == "copies_differ" and "lm_head" in str(e.value)
+
+
+def test_transformers_opens_what_came_home(tmp_path):
+    "Shards by transformers; home again with nothing but a config.json at hand, as one file and as shards of ours."
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**{k: v for k, v in llama().items() if k not in ("architectures", "model_type")}), dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "hf", max_shard_size="20KB")
+    assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 3
+    go(tmp_path / "hf", tmp_path / "mg", "--to mcore --tp 2 --pp 2 --verify")
+    go(tmp_path / "mg", tmp_path / "same", "--to hf --hf-config", tmp_path / "hf")
+    same_weights(tmp_path / "hf", tmp_path / "same")
+    (tmp_path / "config").mkdir()
+    shutil.copy(tmp_path / "hf/config.json", tmp_path / "config")
+    go(tmp_path / "mg", tmp_path / "one", "--to hf --hf-config", tmp_path / "config")
+    source = open_megatron(tmp_path / "mg")
+    converters.run(source, converters.hf_target(source, tmp_path / "shards", {"config.json": tmp_path / "hf/config.json"}, most=20_000), quiet=True)
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 3
+    for name in ("one", "shards"):
+        back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.bfloat16).state_dict()
+        assert all(torch.equal(v, back[k]) for k, v in model.state_dict().items())
+
+
+def test_from_hugging_face_to_itself(home, tmp_path):
+    go(home, tmp_path / "copy", "--to hf --verify")
+    same_weights(home, tmp_path / "copy")
+    go(home, tmp_path / "wide", "--to hf --params-dtype fp32")
+    one, two = ({k: v for f in d.glob("*.safetensors") for k, v in load_file(f).items()} for d in (home, tmp_path / "wide"))
+    assert all(torch.equal(v.float(), two[k]) for k, v in one.items())
 
 
 def test_vocabulary_filled_up_for_others_is_cut(home, tmp_path):
@@ -395,7 +424,7 @@ NAMINGS = [Naming("legacy"), Naming("core"), Naming("core", grouped=True), Namin
 
 def shaped(tmp_path, kw):
     "Random weights of a shape, named as canonical parameters are in a Hugging Face folder."
-    cfg = ModelConfig(**{**BASE, **kw})
+    cfg = ModelConfig(**{**BASE, **kw}) if isinstance(kw, dict) else kw
     g = np.random.default_rng(3)
     tensors = {p.stored.name: torch.from_numpy(g.standard_normal(p.stored.shape).astype(np.float32)).bfloat16() for p in hf_placed(cfg)}
     (tmp_path / "hf").mkdir()
@@ -429,6 +458,49 @@ def test_the_model_is_known_from_megatrons_args_alone(name):
     assert canonical_shapes(config_from_args(args, 61)) == canonical_shapes(cfg)
 
 
+def family_shape(name):
+    "A small model of a family, with what its row says that it always has."
+    row = FAMILIES[name]
+    kw = dict(BASE, model_type=name, **row.fixed)
+    if "{e}" in row.names: kw |= MOE | (dict(shared_expert_intermediate_size=40) if "shared" in row.names else {}) | (dict(shared_expert_gate=True) if "shared_expert_gate" in row.names else {})
+    if "kv_a_proj" in row.names: kw |= MLA | dict(q_lora_rank=20, first_k_dense_replace=1)
+    if name in ("qwen2_moe",): kw["mlp_only_layers"] = [1]
+    return ModelConfig(**{**kw, "tie_word_embeddings": name in ("gemma", "gemma2", "bloom", "gpt2", "minicpm"), **row.fixed})
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_comes_home(tmp_path, name):
+    "In the family's own names and packings: legacy, core, Transformer Engine, tensor and pipeline ranks."
+    cfg = family_shape(name)
+    source = shaped(tmp_path, cfg)[1]
+    assert {p for b in source.stored for p in [x.part[0] for x in b.blocks]} == set(canonical_shapes(cfg))
+    at = source
+    for i, (naming, tp, pp) in enumerate([(Naming("legacy"), 2, 2), (Naming("core", grouped=True), 1, 4), (Naming("engine", "megatron"), 2, 1)]):
+        target = converters.megatron_target(at, tmp_path / str(i), Layout(4, tp, pp), naming)
+        target.reopen = lambda d: open_megatron(d, cfg)
+        converters.run(at, target, verify=True, quiet=True)
+        at = open_megatron(tmp_path / str(i), cfg)
+    like = {"model.safetensors": converters.hf_files(tmp_path / "hf")["model.safetensors"]}
+    target = converters.hf_target(at, tmp_path / "home", {}, like)
+    target.reopen = lambda d: open_hf(d, cfg)
+    converters.run(at, target, verify=True, quiet=True)
+    same_weights(tmp_path / "hf", tmp_path / "home")
+
+
+@pytest.mark.parametrize("name", [k for k, f in FAMILIES.items() if f.prefix])
+def test_names_without_their_beginning(tmp_path, name):
+    "The first GPT-2 and Bloom: no `transformer.`, masks beside the weights."
+    cfg = family_shape(name)
+    tensors = {k.removeprefix(FAMILIES[name].prefix): v for k, v in shaped(tmp_path, cfg)[2].items()}
+    if name == "gpt2": tensors["h.0.attn.bias"] = torch.ones(1, 1, 8, 8)
+    save_file(tensors, tmp_path / "hf/model.safetensors", {"format": "pt"})
+    source = open_hf(tmp_path / "hf", cfg)
+    converters.run(source, converters.megatron_target(source, tmp_path / "mg", Layout(4, tp=2), Naming()), quiet=True)
+    back = open_megatron(tmp_path / "mg", cfg)
+    converters.run(back, converters.hf_target(back, tmp_path / "home", {}, converters.hf_files(tmp_path / "hf")), quiet=True)
+    same_weights(tmp_path / "hf", tmp_path / "home")
+
+
 def load(folder, *rank): return torch.load(folder / f"iter_0000001/{rank[0]}/model_optim_rng.pt", weights_only=False)["model"]
 
 
@@ -441,7 +513,7 @@ def test_grouped_experts_are_views_of_transposed_matrices(tmp_path):
         m = load(tmp_path / "mg", f"mp_rank_00_{e:03d}")
         w1, w2 = m["decoder.layers.2.mlp.experts.weight1"], m["decoder.layers.2.mlp.experts.weight2"]
         assert w1.shape == (32, 2 * 48) and w2.shape == (2 * 24, 32)
-        for j, (a, b) in enumerate(zip(w1.view(2, 32, 48), w2.view(2, 24, 32))):
+        for j, (a, b) in enumerate(zip(w1.view(2, 32, 48), w2.view(2, 24, 32), strict=True)):
             assert torch.equal(a, torch.cat([gate[2 * e + j], up[2 * e + j]]).T) and torch.equal(b, down[2 * e + j].T)
         assert torch.equal(m["decoder.layers.2.mlp.router.weight"], hf["model.layers.2.mlp.router.weight"])
 
