@@ -324,6 +324,7 @@ def _words(modules, cfg): # the shortest names that mean exactly these modules
     short = {last(m) for m in modules}
     return sorted(short) if {m for m in every if last(m) in short} == set(modules) else sorted(modules)
 
+# %% ../nbs/34_lora.ipynb #b1b2580b
 def write_peft(
     adapter: Adapter, # changes only
     cfg: ModelConfig, # the model
