@@ -1,6 +1,7 @@
 """Adapters of peft and of Megatron's ranks: merged by us as by peft and by a rank's own product, written so that peft opens them, and refused where they belong elsewhere."""
 import json
 import shutil
+from dataclasses import replace
 from zlib import crc32
 
 import numpy as np
@@ -8,12 +9,13 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_converters import go, llama, make
-from transformers import AutoModelForCausalLM
+from test_converters import family_shape, go, llama, make
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from ascend_nb import converters
 from ascend_nb.convert import as_model
 from ascend_nb.core import UserError
-from ascend_nb.lora import TILE, Low, Merged, read_adapter, read_peft
+from ascend_nb.lora import TILE, Low, Merged, read_adapter, read_peft, write_peft
 from ascend_nb.megatron_source import open_hf
 
 IDS = torch.arange(24).reshape(2, 12) * 7 % 61
@@ -73,6 +75,33 @@ def test_merged_as_peft_merges(homes, tmp_path, model, kind):
     source = open_hf(homes / model)
     merged = Merged(source, read_peft(tmp_path / "a", source.cfg))
     assert far(scores(merged), want) < 1e-5 < 1e-3 < far(scores(source), want)
+
+
+FUSED = { # families that store several matrices as one, or turned: transformers' own small models
+    "gpt2": (dict(n_embd=32, n_layer=2, n_head=4, n_positions=64, n_inner=128), ["c_attn", "c_proj", "c_fc"], dict(num_key_value_heads=4, intermediate_size=128)),
+    "bloom": (dict(hidden_size=32, n_layer=2, n_head=4), ["query_key_value", "dense", "dense_h_to_4h"], dict(num_key_value_heads=4, intermediate_size=128)),
+    "phi3": (dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48, tie_word_embeddings=False), ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"], {}),
+}
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_fused_and_turned_matrices(tmp_path, name):
+    "Merged through canonical parameters and written back in the family's own packing; and the adapter itself, there and back."
+    hf, targets, ours = FUSED[name]
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(name, vocab_size=61, pad_token_id=0, bos_token_id=1, eos_token_id=2, **hf)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "hf")
+    want = train(tmp_path / "hf", tmp_path / "a", r=4, lora_alpha=6, target_modules=targets, rank_pattern={targets[0]: 3})
+    source = open_hf(tmp_path / "hf", replace(family_shape(name), num_hidden_layers=2, **ours))
+    adapter = read_peft(tmp_path / "a", source.cfg)
+    texts = {p.name: p for p in (tmp_path / "hf").glob("*.json")}
+    converters.run(Merged(source, adapter), converters.hf_target(source, tmp_path / "out", texts, converters.hf_files(tmp_path / "hf")), quiet=True)
+    with torch.no_grad(): got = base(tmp_path / "out")(IDS).logits
+    write_peft(adapter, source.cfg, tmp_path / "again")
+    conf = json.loads((tmp_path / "again/adapter_config.json").read_text())
+    assert conf["fan_in_fan_out"] == (name == "gpt2") and set(conf["target_modules"]) == set(targets)
+    with torch.no_grad(): again, plain = PeftModel.from_pretrained(base(tmp_path / "hf"), tmp_path / "again")(IDS).logits, base(tmp_path / "hf")(IDS).logits
+    assert far(got, want) < 1e-5 and far(again, want) < 1e-5 and far(plain, want) > 1e-3
 
 
 @pytest.mark.parametrize("to", ["hf", "mcore --tp 2 --pp 2", "legacy --num-layers-per-virtual-pipeline-stage 1 --pp 2"])
