@@ -8,7 +8,7 @@ __all__ = ['GROUPS', 'COMMANDS', 'Command', 'overview', 'run_command', 'main']
 # %% ../nbs/69_cli.ipynb #e30c9b4c
 import errno, importlib, json, os, sys, traceback
 from typing import NamedTuple
-from .core import UserError, lang, messages, say
+from .core import UserError, did_you_mean, lang, messages, say
 from .schema import dump_yaml, nearest, parse_args, parser
 
 # %% ../nbs/69_cli.ipynb #8abbebef
@@ -72,7 +72,7 @@ def _command(name: str) -> Command:
     if name in COMMANDS: return COMMANDS[name]
     *group, word = name.split()
     known = [" ".join([*group, w]) for w in _members(*group)]
-    whole = next((f" Did you mean {k}?" for k in COMMANDS if k.split()[-1] == word), "")
+    whole = next((did_you_mean(k) for k in COMMANDS if k.split()[-1] == word), "")
     raise UserError("unknown_command", got=name, known=", ".join(known), hint=whole or nearest(word, _members(*group)).replace("mean ", f"mean {name[:-len(word)]}"))
 
 def run_command(

@@ -284,7 +284,7 @@ class ConvertConfig:
 # %% ../nbs/03_config.ipynb #d51e1d37
 @dataclass
 class ModelLinkConvertConfig(ConvertConfig):
-    "The same, with the flags of ModelLink's and MindSpeed-LLM's converters."
+    "Weights from one format, and one set of parallel sizes, to another; the flags of ModelLink's and MindSpeed-LLM's converters are understood. The source is never written to."
     model_type: str = knob("GPT", choices=("GPT",), advanced=True) # kept for ModelLink's scripts
     loader: str = knob("", advanced=True) # ModelLink 2024: llama2_hf, megatron
     saver: str = knob("", advanced=True) # ModelLink 2024: megatron

@@ -84,10 +84,10 @@ def open_source(
 
 # %% ../nbs/35_convert.ipynb #9ce3680a
 FAMILY_WORDS = { # ModelLink's word -> model_type of config.json
-    "llama2": "llama mistral qwen2 internlm aquila Yi", "llama": "llama", "mixtral": "mixtral", "baichuan": "baichuan", "baichuan2": "baichuan", "chatglm3": "chatglm glm glm4",
+    "llama2": "llama mistral qwen2 internlm aquila", "llama": "llama", "mixtral": "mixtral", "baichuan": "baichuan", "baichuan2": "baichuan", "chatglm3": "chatglm glm glm4",
     "gemma": "gemma", "gemma2": "gemma2", "bloom": "bloom", "qwen": "qwen", "internlm2": "internlm2", "deepseek2": "deepseek_v2", "deepseek2-lite": "deepseek_v2", "minicpm": "minicpm",
-    "minicpm-moe": "minicpm minicpm-moe", "qwen2-moe": "qwen2_moe", "qwen3": "qwen3", "qwen3-moe": "qwen3_moe", "qwen25": "qwen2", "deepseek3": "deepseek_v3", "glm4_9b": "glm4 glm chatglm",
-    "phi3.5": "phi3", "phi3.5-moe": "phimoe", "gpt2": "gpt2"}
+    "minicpm-moe": "minicpm", "qwen2-moe": "qwen2_moe", "qwen3": "qwen3", "qwen3-moe": "qwen3_moe", "qwen25": "qwen2", "deepseek3": "deepseek_v3", "glm4_9b": "glm4 glm chatglm",
+    "phi3.5": "phi3", "gpt2": "gpt2", "grok1": "grok-1"}
 CLAIMS = dict(add_qkv_bias="attention_bias", add_dense_bias="attention_out_bias", post_norm="post_norms", embed_layernorm="embed_norm") # flag -> field that must be on
 
 def check_claims(
@@ -159,10 +159,10 @@ def as_model(
     from ascend_nb.converters import numpy_type, to_float
     from ascend_nb.model import Decoder
     with torch.device("meta"): model = Decoder(source.cfg)
-    state = {}
+    state, known = {}, set(source.parts())
     for name, p in model.state_dict().items():
         whole = np.empty(tuple(p.shape), np.float32)
-        for part in ([(name, e) for e in range(len(whole))] if (name, 0) in source.parts() else [(name, None)]):
+        for part in ([(name, e) for e in range(len(whole))] if (name, 0) in known else [(name, None)]):
             raw = np.empty(source.shape(part), numpy_type(source.dtype(part)))
             source.read(part, (0, raw.shape[0]), (0, raw.shape[1]), raw)
             (whole if part[1] is None else whole[part[1]])[...] = to_float(raw, source.dtype(part)).reshape(whole.shape[part[1] is not None:])

@@ -177,11 +177,14 @@ def _tensor(storage, offset, size, stride, grad=False, hooks=None, more=None, me
     return Stored(storage.key, size, dtype, None, offset, None if stride == plain or 0 in size else stride)
 
 def _first(x, *rest): return x
+def _typed(func, kind, args, state=None): return func(*args) if func in (_tensor, _first) else Foreign() # a tensor with attributes, which Megatron's parameters have
 def _bytes(text, code=""): return text.encode("latin1") # how protocol 2 writes bytes, e.g. of numpy's random state
 
 _WORDS = {("collections", "OrderedDict"): OrderedDict, ("argparse", "Namespace"): Namespace, ("torch._utils", "_rebuild_tensor_v2"): _tensor,
-          ("torch._utils", "_rebuild_tensor_v3"): _tensor, ("torch._utils", "_rebuild_parameter"): _first, ("torch", "Size"): tuple,
+          ("torch._utils", "_rebuild_tensor_v3"): _tensor, ("torch._utils", "_rebuild_parameter"): _first,
+          ("torch._utils", "_rebuild_parameter_with_state"): _first, ("torch._tensor", "_rebuild_from_type_v2"): _typed, ("torch", "device"): Foreign, ("torch", "Size"): tuple,
           ("builtins", "set"): set, ("__builtin__", "set"): set, ("_codecs", "encode"): _bytes, ("torch.serialization", "_get_layout"): Foreign}
+_KINDS = (("torch.storage", "UntypedStorage"), ("torch", "UntypedStorage"), ("torch._tensor", "Tensor"), ("torch.nn.parameter", "Parameter")) # named, never made
 _INERT = ("megatron", "mindspeed", "mindspeed_llm", "modellink", "numpy", "apex", "transformer_engine", "enum", "signal", "pathlib")
 
 # %% ../nbs/32_megatron_format.ipynb #f7916803
@@ -191,7 +194,7 @@ class _Safe(pickle.Unpickler):
 
     def find_class(self, module, name):
         if (module, name) in _WORDS: return _WORDS[module, name]
-        if module == "torch" and name in (*_CLASS, *_TORCH) or name == "UntypedStorage": return Word(module, name)
+        if module == "torch" and name in (*_CLASS, *_TORCH, "Tensor") or (module, name) in _KINDS: return Word(module, name)
         if module.split(".")[0] in _INERT: return type(name, (Foreign,), {"__module__": module})
         raise UserError("pickle_code", what=f"{module}.{name}", path=self.path)
 

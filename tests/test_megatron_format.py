@@ -68,6 +68,15 @@ def test_we_open_what_torch_wrote(tmp_path):
     assert whole.crc == zlib.crc32(big.half().numpy().tobytes())
 
 
+def test_tensors_with_attributes(tmp_path):
+    "Megatron marks its parameters; torch then writes them in another way."
+    w, p = torch.arange(3.), torch.nn.Parameter(torch.ones(2))
+    w.tensor_model_parallel, p.shared, p.allreduce = True, True, False
+    torch.save({"model": {"w": w, "p": p}, "args": Namespace(device=torch.device("cpu"))}, tmp_path / "x.pt")
+    got = read_pt(tmp_path / "x.pt")["model"]
+    assert got["w"].array().tolist() == [0, 1, 2] and got["p"].array().tolist() == [1, 1]
+
+
 class Kind(enum.Enum):
     one = 1
 

@@ -248,6 +248,18 @@ def test_other_sentencepiece_models_go_to_transformers(tmp_path):
     assert [name for name, kw in others.items() if train(name, **kw) is not None] == []
 
 
+def test_texts_in_nfc_skip_the_normalizer(qwen_ours):
+    "Python's check and Rust's normalizer agree, also where a mark follows a special token; the twin's ids are the whole tokenizer's."
+    rng, special = random.Random(0), list(qwen_ours.special_tokens)
+    pieces = [unicodedata.decomposition(chr(c)).split() for c in range(0x30000) if not unicodedata.decomposition(chr(c)).startswith(("<", " "))]
+    pairs = [p for p in pieces if len(p) == 2]
+    starters, marks = ([chr(int(p[i], 16)) for p in pairs] for i in (0, 1))
+    texts = [rng.choice(starters) + "".join(rng.choices(marks, k=rng.randint(1, 3))) + rng.choice(special) + rng.choice(["", "\u0338"]) for _ in range(20000)]
+    texts += [unicodedata.normalize("NFC", t) for t in texts]
+    assert 20000 <= sum(unicodedata.is_normalized("NFC", t) for t in texts) < 40000 and qwen_ours.twin is not None
+    assert [qwen_ours.encode(t) for t in texts] == [e.ids for e in qwen_ours.rust.encode_batch(texts, add_special_tokens=False)]
+
+
 def test_half_a_character_is_named(qwen_ours, shared_data):
     for tok in (qwen_ours, load_tokenizer(shared_data / "tokenizers" / "llama2.model")):
         with pytest.raises(UserError, match="half a character") as e: tok.bulk(["fine", "also fine", "a \ud83d b"])
