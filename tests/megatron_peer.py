@@ -82,7 +82,9 @@ def work(rank, world, jobs):
     torch.set_num_threads(1)
     bend()
     dist.init_process_group("gloo", init_method=f"file://{jobs[0][1]}.meet", rank=rank, world_size=world)
+    from megatron.core import __version__
     from megatron.core import parallel_state as ps
+    if not rank: print("core", __version__)
     for ckpt, out in jobs:
         tp, pp, ep = sizes(ckpt)
         ps.initialize_model_parallel(tp, pp, expert_model_parallel_size=ep, **(dict(expert_tensor_parallel_size=tp) if ep > 1 else {}))

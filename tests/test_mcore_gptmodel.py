@@ -2,6 +2,7 @@
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -50,31 +51,42 @@ def homes(tmp_path_factory):
     return root, scores
 
 
-def peer(ckpt, out, path=None):
-    "Run GPTModel in processes of its own."
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [path and str(path), str(ROOT)])), "CUDA_DEVICE_MAX_CONNECTIONS": "1", "OMP_NUM_THREADS": "1"}
-    r = subprocess.run([sys.executable, ROOT / "tests/megatron_peer.py", ckpt, out], env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300)
-    assert r.returncode == 0, r.stderr[-3000:]
-    return torch.load(out / "logits.pt")
+CASES = { # the processes of a group read their checkpoints one after the other: importing Megatron takes longer than all of them
+    "one": [(n, "") for n in MODELS] + [("mixtral", "--moe-grouped-gemm"), ("llama", "--make-vocab-size-divisible-by 40")],
+    "two": [("llama", "--tp 2"), ("qwen2", "--tp 2"), ("tied", "--pp 2"), ("mixtral", "--pp 2"), ("mixtral", "--ep 2"), ("mixtral", "--ep 2 --moe-grouped-gemm")],
+    "four": [("qwen2", "--tp 2 --pp 2")],
+    "older": [("llama", ""), ("qwen2", ""), ("mixtral", ""), ("mixtral", "--moe-grouped-gemm")],
+}
+SLOW = ("two", "four") # half a minute of processor for each process
 
 
-def judge(homes, tmp_path, name, flags, path=None):
+@pytest.fixture(scope="module")
+def judged(homes, request):
+    "GPTModel's answers for all checkpoints of a group: {(name, flags): folder with logits.pt and what it saved}."
+    root, done = homes[0], {}
+
+    def get(group):
+        if group in done: return done[group]
+        paths = [request.getfixturevalue("older"), ROOT] if group == "older" else [ROOT]
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(str(p) for p in paths), "CUDA_DEVICE_MAX_CONNECTIONS": "1", "OMP_NUM_THREADS": "1"}
+        words, done[group] = [], {}
+        for i, (name, flags) in enumerate(CASES[group]):
+            go(root / name, root / f"{group}{i}", "--to mcore --verify", flags)
+            words += [root / f"{group}{i}", root / f"{group}{i}-theirs"]
+            done[group][name, flags] = words[-1]
+        r = subprocess.run([sys.executable, ROOT / "tests/megatron_peer.py", *words], env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=600)
+        assert r.returncode == 0, r.stderr[-3000:]
+        assert ("core " + (OLD if group == "older" else version("megatron-core"))) in r.stdout
+        return done[group]
+    return get
+
+
+@pytest.mark.parametrize(("group", "name", "flags"), [pytest.param(g, *c, marks=[pytest.mark.slow] if g in SLOW else []) for g, cs in CASES.items() for c in cs])
+def test_gptmodel_scores_like_transformers_and_saves_what_we_read(homes, judged, tmp_path, group, name, flags):
     root, scores = homes
-    go(root / name, root / f"{tmp_path.name}", "--to mcore", flags) # beside ids.pt
-    got = peer(root / tmp_path.name, tmp_path / "theirs", path)[..., :96]
+    theirs = judged(group)[name, flags]
+    got = torch.load(theirs / "logits.pt")[..., :96]
     assert float(scores[name].std()) > 0.5 and float((got - scores[name]).abs().max()) < 1e-4
-    go(tmp_path / "theirs", tmp_path / "home", "--to hf --hf-config", root / name)
+    go(theirs, tmp_path / "home", "--to hf --verify --hf-config", root / name)
     one, two = (load_file(d / "model.safetensors") for d in (root / name, tmp_path / "home"))
     assert one.keys() == two.keys() and all(torch.equal(v, two[k]) for k, v in one.items())
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_gptmodel_scores_like_transformers(homes, tmp_path, name): judge(homes, tmp_path, name, "")
-
-
-@pytest.mark.parametrize(("name", "flags"), [("mixtral", "--moe-grouped-gemm"), ("llama", "--make-vocab-size-divisible-by 40"), ("llama", "--tp 2"), ("qwen2", "--tp 2 --pp 2"), ("tied", "--pp 2"), ("mixtral", "--ep 2"), ("mixtral", "--ep 2 --moe-grouped-gemm")])
-def test_gptmodel_over_ranks(homes, tmp_path, name, flags): judge(homes, tmp_path, name, flags)
-
-
-@pytest.mark.parametrize(("name", "flags"), [("llama", ""), ("qwen2", "--tp 2"), ("mixtral", ""), ("mixtral", "--moe-grouped-gemm")])
-def test_an_older_gptmodel(homes, tmp_path, older, name, flags): judge(homes, tmp_path, name, flags, older)
