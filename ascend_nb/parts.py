@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 from .core import UserError, atomic_file, messages, phrase, say
-from .indexed import JOURNAL, IndexedWriter, _writing, roll_forward
+from .indexed import JOURNAL, IndexedWriter, _writing, one_at_a_time, roll_forward
 from .packing import bin_members, pack_bins
 
 # %% ../nbs/14_parts.ipynb #0913f1b8
@@ -70,7 +70,8 @@ def work_folder(
     prefix = Path(prefix).absolute()
     folder = prefix.with_name(f".{prefix.name}.work")
     with _lock(folder/"lock", prefix) as lock:
-        for journal in folder.glob(f"**/{JOURNAL}"): roll_forward(journal) # killed while it gave files their names
+        with one_at_a_time([prefix.parent]):
+            for journal in folder.glob(f"**/{JOURNAL}"): roll_forward(journal) # killed while it gave files their names
         plans = json.loads(json.dumps([plan, *also])) # as they come back from a file
         had = [p for p in folder.iterdir() if p.name != "lock"]
         same = resume and _read(folder/"plan.json") in plans
