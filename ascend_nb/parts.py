@@ -55,7 +55,7 @@ def _lock(path: Path, prefix):
             with suppress(FileNotFoundError):
                 if os.stat(path).st_ino == os.fstat(f.fileno()).st_ino: break # else the folder was removed between opening and locking
             f.close()
-    f.truncate(0); f.write(f"{os.getpid()} {socket.gethostname()}"); f.flush()
+    with suppress(OSError): os.ftruncate(f.fileno(), 0); os.write(f.fileno(), f"{os.getpid()} {socket.gethostname()}".encode()) # a full disk is told of by what comes next
     return f
 
 # %% ../nbs/14_parts.ipynb #92775e76
@@ -79,8 +79,9 @@ def work_folder(
             if _marked(folder) and resume: say(phrase("starts_over", folder=folder))
             _clear(had)
         if same and _marked(folder): say(phrase("goes_on", folder=folder))
-        with atomic_file(folder/"plan.json") as f: json.dump(plan, f)
-        try: yield folder, lock
+        try:
+            with _writing(prefix), atomic_file(folder/"plan.json") as f: json.dump(plan, f)
+            yield folder, lock
         except BaseException:
             if _marked(folder): say(phrase("kept", folder=folder))
             else: _remove(folder)
