@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAGIC', 'DTYPES', 'JOURNAL', 'best_dtype', 'IndexedWriter', 'roll_forward', 'one_at_a_time', 'commit_all',
-           'write_together', 'pairs_like', 'IndexedReader', 'need_same_shape']
+           'write_together', 'pairs_like', 'IndexedReader']
 
 # %% ../nbs/12_indexed.ipynb #0dbe2caf
 import fcntl, json, os, shutil, struct, tempfile
@@ -218,8 +218,7 @@ def roll_forward(
         if (tmp / "new.idx").exists(): Path(f"{prefix}.idx").unlink(missing_ok=True) # of the older pair
     for ext in (".bin", ".idx"):
         for tmp, prefix in places:
-            with _writing(f"{prefix}{ext}"):
-                if (tmp / f"new{ext}").exists(): os.replace(tmp / f"new{ext}", f"{prefix}{ext}")
+            if (tmp / f"new{ext}").exists(): os.replace(tmp / f"new{ext}", f"{prefix}{ext}")
     Path(journal).unlink()
 
 @contextmanager
@@ -249,17 +248,15 @@ def commit_all(
     with one_at_a_time(w.prefix.parent for w in writers) as locked:
         for w in writers:
             for journal in _left_behind(w.prefix, locked): roll_forward(journal); shutil.rmtree(journal.parent, ignore_errors=True)
-        _move_all(writers)
+        if writers: _move_all(writers)
     for w in writers: w.committed = True; w.discard()
 
 def _move_all(writers):
     "Old files aside, new ones to their names; undone where one cannot be moved."
-    moves = []
+    moves, journal = [], writers[0].tmp / JOURNAL
     def move(a, b): os.replace(a, b); moves.append((a, b))
-    def journal(w): return w.tmp / JOURNAL
-    for w in writers[:1]:
-        with _writing(w.prefix), atomic_file(journal(w)) as f:
-            json.dump(dict(pid=os.getpid(), pairs=[[str(w.tmp.absolute()), str(w.prefix.absolute())] for w in writers]), f)
+    with _writing(writers[0].prefix), atomic_file(journal) as f:
+        json.dump(dict(pid=os.getpid(), pairs=[[str(w.tmp.absolute()), str(w.prefix.absolute())] for w in writers]), f)
     try:
         for ext in (".idx", ".bin"):
             for w in writers:
@@ -269,10 +266,10 @@ def _move_all(writers):
                 with _writing(w.path(ext)): move(w.tmp / f"new{ext}", w.path(ext))
     except BaseException:
         for a, b in reversed(moves): os.replace(b, a)
-        journal(writers[0]).unlink()
-        raise
-    for w in writers[:1]: journal(w).unlink()
+        journal.unlink(); raise
+    journal.unlink()
 
+# %% ../nbs/12_indexed.ipynb #59177d34
 @patch
 def commit(self: IndexedWriter) -> None:
     "Give this pair its final name."
@@ -307,9 +304,6 @@ messages(
     pair_ending=("Leave out the ending: {bare}", "请去掉扩展名：{bare}"), pair_half=("Only one file of the pair is there: copy both.", "这对文件只有一个：请把两个都复制过来。"),
     pair_stopped=("A run was stopped while it gave its files their names: run it again.", "有任务在为文件定名时被中断：请重新运行该任务。"),
     pair_none=("Check the path, or make it with `ascend_nb preprocess`.", "请检查路径，或用 `ascend_nb preprocess` 生成。"),
-    unequal_fields=("Found {got:,} sequences with {tokens:,} tokens in {path}; expected those of {like}, {want:,} with {want_tokens:,}, each of the same length: "
-                    "the files are not of one run. Preprocess again.",
-                    "{path} 含 {got:,} 条序列、{tokens:,} 个词元；应与 {like} 相同（{want:,} 条、{want_tokens:,} 个，且逐条等长）：这些文件不是同一次生成的。请重新预处理。"),
     no_pair=("Found no {path}; expected the pair {prefix}.bin and {prefix}.idx. {hint}", "没有找到 {path}；应有成对的 {prefix}.bin 与 {prefix}.idx。{hint}"),
     bad_magic=("Found {got} at the start of {path}; expected {want}: this is no Megatron index. Make it again with `ascend_nb preprocess`.",
                "{path} 开头是 {got}；应为 {want}：这不是 Megatron 索引。请用 `ascend_nb preprocess` 重新生成。"),
@@ -401,12 +395,3 @@ def __getitem__(self: IndexedReader, i): return [self.get(j) for j in range(*i.i
 def __repr__(self: IndexedReader):
     docs, kind = len(self.document_indices) - 1, np.dtype(self.dtype).name
     return f"IndexedReader({Path(self.prefix).name}: {docs:,} documents, {len(self):,} sequences, {self.num_tokens:,} tokens, {kind})"
-
-# %% ../nbs/12_indexed.ipynb #9f73c9f6
-def need_same_shape(
-    reader: IndexedReader, # labels or a mask
-    like: IndexedReader # the ids that they belong to
-) -> None:
-    "Raise UserError where two pairs cannot be of one run: other sequences, or other lengths."
-    if not np.array_equal(reader.lengths, like.lengths):
-        raise UserError("unequal_fields", got=len(reader), tokens=reader.num_tokens, path=reader.prefix, like=like.prefix, want=len(like), want_tokens=like.num_tokens)

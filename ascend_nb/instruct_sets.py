@@ -12,9 +12,9 @@ import numpy as np
 from fastcore.basics import patch
 from .core import UserError, messages, phrase, rank_info, say
 from .datasets import Batch, Sample, check_ids, collate_sft
-from .indexed import IndexedReader, need_same_shape
+from .indexed import IndexedReader
 from .packing import pack_bins
-from .sample_index import content_key, epoch_order
+from .sample_index import content_key, epoch_order, need_same_shape
 
 # %% ../nbs/13a_instruct_sets.ipynb #cdd23874
 messages(
