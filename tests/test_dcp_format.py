@@ -53,7 +53,7 @@ def work(rank, meet, weights, out):
     mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
     place = lambda k, t: [Shard(1)] if "o_proj" in k or "down_proj" in k else [Replicate()] if "norm" in k else [Shard(0)]
     tensors = {f"model.{k}": distribute_tensor(t, mesh, place(k, t)) for k, t in load_file(weights).items()}
-    tensors |= {f"optim.exp_avg.{k[6:]}": t for k, t in tensors.items() if "norm" in k}
+    tensors |= {f"optim.exp_avg.{k[6:]}": t.clone() for k, t in tensors.items() if "norm" in k}
     write_tensors(out, tensors)
     dist.barrier()
     __import__("os")._exit(0)
