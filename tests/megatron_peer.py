@@ -20,6 +20,8 @@ def bend():
     gmm.ops = types.SimpleNamespace(gmm=lambda a, b, sizes, trans_b=False: torch.cat([x @ (w.T if trans_b else w) for x, w in zip(a.split(sizes.tolist()), b, strict=True)]))
     sys.modules["grouped_gemm"] = gmm
     from megatron.core.tensor_parallel import random
+    from megatron.core.transformer.moe import moe_utils
+    vars(moe_utils).setdefault("te_general_gemm", None) # 0.16 names it only where Transformer Engine is
     random.CudaRNGStatesTracker.fork = lambda self, *a, **kw: contextlib.nullcontext()
 
 
@@ -51,6 +53,7 @@ def one(ckpt, out):
     a, first, last = saved["args"], p == 0, p == pp - 1
     a.peer_grouped = any("experts.weight1" in k for k in saved["model"])
     model = build(a, first, last)
+    model.config.bf16 = a.peer_grouped # 0.16's grouped experts insist on the word; the numbers stay fp32
     missing, extra = model.load_state_dict(saved["model"], strict=False)
     assert not extra and all(k.endswith("_extra_state") for k in missing), (missing, extra)
     ids = torch.load(ckpt.parent / "ids.pt")
