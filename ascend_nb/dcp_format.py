@@ -71,6 +71,7 @@ def step_model(
     folder = path if (path / "config.yaml").is_file() else path.parent
     return load_yaml(RunConfig, folder / "config.yaml").model
 
+# %% ../nbs/34a_dcp_format.ipynb #9c60f235
 def open_step(
     path, # a run folder or a step
     cfg # ModelConfig

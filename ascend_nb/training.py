@@ -164,6 +164,7 @@ def build(
     if begin is not None: trainer.restore(run, begin, checked=True)
     return Job(cfg, run, trainer, tokenizer, begin)
 
+# %% ../nbs/43_training.ipynb #35e545ca
 def describe(
     job: Job # built
 ) -> list: # lines for people
