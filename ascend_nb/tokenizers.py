@@ -92,7 +92,10 @@ class Tokenizer:
         rust.encode_special_tokens = bool(self.config.get("split_special_tokens"))
         return rust
 
-    twin = functools.cached_property(lambda self: _twin(self.rust)) # what is faster for nearly all texts, or None
+    @property
+    def twin(self): # what is faster for nearly all texts, or None; made anew where tokens were added to `rust`
+        if getattr(self, "_twin", (None,))[0] != (n := self.rust.get_vocab_size(True)): self._twin = (n, _twin(self.rust))
+        return self._twin[1]
 
     @functools.cached_property
     def vocab_size(self) -> int: # rows that an embedding needs: the highest id + 1, added tokens included
