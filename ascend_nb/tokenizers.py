@@ -92,11 +92,6 @@ class Tokenizer:
         rust.encode_special_tokens = bool(self.config.get("split_special_tokens"))
         return rust
 
-    @property
-    def twin(self): # what is faster for nearly all texts, or None; made anew where tokens were added to `rust`
-        if getattr(self, "_twin", (None,))[0] != (n := self.rust.get_vocab_size(True)): self._twin = (n, _twin(self.rust))
-        return self._twin[1]
-
     @functools.cached_property
     def vocab_size(self) -> int: # rows that an embedding needs: the highest id + 1, added tokens included
         return max(self.rust.get_vocab(with_added_tokens=True).values()) + 1
@@ -158,6 +153,12 @@ def _not_text(texts: list) -> UserError:
     for i, t in enumerate(texts):
         try: t.encode()
         except UnicodeEncodeError as e: return UserError("tok_not_text", number=i, near=ascii(t[max(e.start - 10, 0):e.start + 10]))
+
+def _twin_of(tok): # what is faster for nearly all texts, or None; made anew where tokens were added to `rust`
+    if getattr(tok, "_twin", (None,))[0] != (n := tok.rust.get_vocab_size(True)): tok._twin = (n, _twin(tok.rust))
+    return tok._twin[1]
+
+Tokenizer.twin = property(_twin_of)
 
 @patch
 def bulk(self: Tokenizer,
