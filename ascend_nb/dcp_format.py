@@ -49,6 +49,7 @@ def is_step(
     "Does a training's saved step lie here?"
     return (Path(path) / "manifest.json").is_file() or any(Path(path).glob("step_*/manifest.json"))
 
+# %% ../nbs/34a_dcp_format.ipynb #9fe11fba
 def find_step(
     path # a run folder or a step
 ) -> Path: # the step's folder
@@ -102,6 +103,7 @@ def _manifest(step): # what is written when the files are there
         return json.dumps(dict(format="ascend_nb step", version=1, files=files), indent=1)
     return text
 
+# %% ../nbs/34a_dcp_format.ipynb #cead5371
 def step_target(
     source, # what it is made of
     folder, # the new run folder

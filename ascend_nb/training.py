@@ -139,6 +139,7 @@ def weights(
     if not is_step(load) or (Path(load) / "config.json").is_file(): return load_model(load)
     return as_model(open_step(load, config_from_hf(model_folder(load))))
 
+# %% ../nbs/43_training.ipynb #7114e793
 @dataclass
 class Job:
     "A run that is built and checked, and has written nothing."
