@@ -6,6 +6,7 @@ us (posix_fadvise after sync), and ended by a sync; both sides are treated alike
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -94,6 +95,7 @@ def say(name, theirs, ours, unit, **more): print(json.dumps(dict(name=name, rati
 
 
 def main():
+    signal.signal(signal.SIGTERM, lambda *a: sys.exit(143)) # many gigabytes lie in tmp
     tmp = Path(tempfile.mkdtemp(dir=os.environ.get("BENCH_DIR")))
     try: measure(tmp)
     finally: shutil.rmtree(tmp, ignore_errors=True)

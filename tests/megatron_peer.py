@@ -16,6 +16,7 @@ import torch.multiprocessing as mp
 def bend():
     "What GPTModel asks of a GPU although it is told to begin on the CPU."
     torch.cuda.current_device = lambda: "cpu"
+    torch.Tensor.cuda = lambda self, *a, **kw: self # tied ends of a pipeline are brought there to be compared
     gmm = types.ModuleType("grouped_gemm") # the definition of its one operator; the real one needs CUDA
     gmm.ops = types.SimpleNamespace(gmm=lambda a, b, sizes, trans_b=False: torch.cat([x @ (w.T if trans_b else w) for x, w in zip(a.split(sizes.tolist()), b, strict=True)]))
     sys.modules["grouped_gemm"] = gmm
@@ -31,7 +32,7 @@ def build(a, first, last):
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.transformer.transformer_config import TransformerConfig
     grouped = bool(a.num_experts and a.peer_grouped)
-    moe = dict(num_moe_experts=a.num_experts, moe_router_topk=a.moe_router_topk, moe_ffn_hidden_size=a.moe_intermediate_size or a.ffn_hidden_size, moe_token_dispatcher_type="alltoall" if a.expert_model_parallel_size > 1 else "allgather",
+    moe = dict(num_moe_experts=a.num_experts, moe_router_topk=a.moe_router_topk, moe_ffn_hidden_size=a.moe_intermediate_size or a.ffn_hidden_size, moe_token_dispatcher_type="allgather",
                moe_router_load_balancing_type="none", moe_aux_loss_coeff=0.0, moe_grouped_gemm=grouped) if a.num_experts else {}
     cfg = TransformerConfig(num_layers=a.num_layers, hidden_size=a.hidden_size, ffn_hidden_size=a.ffn_hidden_size, num_attention_heads=a.num_attention_heads, num_query_groups=a.num_query_groups,
                             kv_channels=a.kv_channels, normalization=a.normalization, layernorm_epsilon=a.norm_epsilon, gated_linear_unit=a.swiglu, activation_func=torch.nn.functional.silu,

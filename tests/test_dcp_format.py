@@ -61,6 +61,7 @@ if __name__ == "__main__": mp.spawn(work, tuple(sys.argv[1:]), 2)
 """
 
 
+@pytest.mark.slow
 def test_slices_of_several_processes(home, tmp_path):
     "Written by two processes over torch's DTensors: rows, columns, copies."
     (tmp_path / "run").mkdir()
