@@ -14,7 +14,7 @@ from itertools import chain
 from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
-from .core import UserError, atomic_file, messages, one_of
+from .core import UserError, atomic_file, did_you_mean, messages, one_of, phrase
 
 # %% ../nbs/12_indexed.ipynb #70817865
 MAGIC = b"MMIDIDX\x00\x00"
@@ -284,6 +284,9 @@ def write_together(
 
 # %% ../nbs/12_indexed.ipynb #dc883252
 messages(
+    pair_ending=("Leave out the ending: {bare}", "请去掉扩展名：{bare}"), pair_half=("Only one file of the pair is there: copy both.", "这对文件只有一个：请把两个都复制过来。"),
+    pair_stopped=("A run was stopped while it gave its files their names: run it again.", "有任务在为文件定名时被中断：请重新运行该任务。"),
+    pair_none=("Check the path, or make it with `ascend_nb preprocess`.", "请检查路径，或用 `ascend_nb preprocess` 生成。"),
     unequal_fields=("Found {got:,} sequences with {tokens:,} tokens in {path}; expected those of {like}, {want:,} with {want_tokens:,}, each of the same length: "
                     "the files are not of one run. Preprocess again.",
                     "{path} 含 {got:,} 条序列、{tokens:,} 个词元；应与 {like} 相同（{want:,} 条、{want_tokens:,} 个，且逐条等长）：这些文件不是同一次生成的。请重新预处理。"),
@@ -305,10 +308,10 @@ def pairs_like(
 
 def _no_pair(prefix, ext):
     bare, best = str(prefix).removesuffix(".bin").removesuffix(".idx"), sorted(filter(None, pairs_like(prefix)), key=lambda s: (s != "_text_document", s))
-    hint = (f"Leave out the ending: {bare}" if bare != str(prefix) else f"Did you mean {prefix}{best[0]}?" if best else
-            "A run was stopped while it gave its files their names: run it again." if any(Path(prefix).absolute().parent.glob(f".*/**/{JOURNAL}")) else
-            "Only one file of the pair is there: copy both." if any(Path(f"{prefix}{e}").exists() for e in (".bin", ".idx")) else
-            "Check the path, or make it with `ascend_nb preprocess`.")
+    hint = (phrase("pair_ending", bare=bare) if bare != str(prefix) else did_you_mean(f"{prefix}{best[0]}").strip() if best else
+            phrase("pair_stopped") if any(Path(prefix).absolute().parent.glob(f".*/**/{JOURNAL}")) else
+            phrase("pair_half") if any(Path(f"{prefix}{e}").exists() for e in (".bin", ".idx")) else
+            phrase("pair_none"))
     return UserError("no_pair", path=f"{prefix}{ext}", prefix=prefix, hint=hint)
 
 # %% ../nbs/12_indexed.ipynb #7ec14e14

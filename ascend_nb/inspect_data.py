@@ -61,6 +61,8 @@ class Sniffed:
                 + "".join(f"<div><i>{e(n)}</i></div>" for n in self.notes) + (f"<pre>{e(self.command)}</pre>" if self.command else ""))
 
 # %% ../nbs/15b_inspect.ipynb #6e035c2c
+messages(tools_are=("tools: {names}", "工具：{names}"), said_unlearned=(" (not learned)", "（不学习）"))
+
 def _short(text, n=300): return text if len(text) <= n else text[:n] + " …"
 
 def _said(item) -> str:
@@ -101,7 +103,7 @@ def preprocess_command(
 
 # %% ../nbs/15b_inspect.ipynb #da784525
 messages(
-    tools_are=("tools: {names}", "工具：{names}"), said_unlearned=(" (not learned)", "（不学习）"), more_columns=("and {n:,} more", "另有 {n:,} 列"),
+    more_columns=("and {n:,} more", "另有 {n:,} 列"),
     l_format=("format", "格式"), l_rows=("rows", "行数"), l_columns=("columns", "列"), l_handler=("handler", "处理器"), l_lengths=("length", "长度"), l_turns=("answers", "回答数"),
     v_format=("{form}, {size}", "{form}，大小 {size}"), v_formats=("{form}, {files} files, {size}", "{form}，{files} 个文件，{size}"),
     v_rows=("{rows:,} read: {usable:,} usable, {empty:,} say nothing, {bad:,} bad", "共读取 {rows:,} 行：可用 {usable:,}，空 {empty:,}，有问题 {bad:,}"),

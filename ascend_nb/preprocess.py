@@ -6,7 +6,7 @@
 __all__ = ['output_prefixes', 'Job', 'run', 'write_report', 'describe']
 
 # %% ../nbs/14a_preprocess.ipynb #5f636811
-import hashlib, importlib, json, os, time
+import hashlib, importlib.machinery, importlib.util, json, os, sys, time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -111,6 +111,7 @@ def run(self: _Pump):
 
 # %% ../nbs/14a_preprocess.ipynb #cc041c90
 messages(
+    no_length=(" without --seq-length", "（没有 --seq-length）"), elsewhere=("its handler's module {names} cannot be imported by another process", "其处理器所在模块 {names} 无法被其他进程导入"),
     eod_unknown=("The tokenizer in {path} names no eos token; expected one for --append-eod. Name it as eos_token in tokenizer_config.json, or leave --append-eod out.",
             "{path} 的分词器没有 eos 词元，而 --append-eod 需要它。请在 tokenizer_config.json 中设置 eos_token，或去掉 --append-eod。"),
     pack_what=("Found --pack for {kind} data{no_length}; expected instruction data and --seq-length. Documents need no packing: training cuts them to length itself.",
@@ -137,7 +138,7 @@ def _plan(cfg: PreprocessConfig, source, tokenizer: Tokenizer, n: int) -> dict:
 def _check(cfg: PreprocessConfig, source, tokenizer: Tokenizer) -> PreprocessConfig:
     "Refuse what cannot be meant, say what has no effect, and name the handler that was found."
     if (cfg.pack or cfg.neat_pack) and (source.kind != "chat" or not cfg.seq_length):
-        raise UserError("pack_what", kind=source.kind, no_length="" if cfg.seq_length else " without --seq-length")
+        raise UserError("pack_what", kind=source.kind, no_length="" if cfg.seq_length else phrase("no_length"))
     if not Path(cfg.output_prefix).name or cfg.output_prefix.endswith("/"): raise UserError("no_prefix_name", got=cfg.output_prefix)
     if cfg.append_eod and tokenizer.eos_token_id is None: raise UserError("eod_unknown", path=tokenizer.path)
     if cfg.seq_length and source.kind == "text": say(phrase("seq_unused"))
@@ -182,9 +183,16 @@ def run(
 def _n_parts(cfg: PreprocessConfig, source) -> int:
     "n_subs, unless the input cannot be shared."
     if cfg.n_subs == 1: return 1
-    why = phrase("by_row") if not source.splittable else phrase("in_main") if "__main__" in _modules(source) else ""
+    lone = [name for name in _modules(source) if not _importable(name)]
+    why = phrase("by_row") if not source.splittable else phrase("in_main") if "__main__" in lone else phrase("elsewhere", names=", ".join(lone)) if lone else ""
     if why: say(phrase("one_part", n=cfg.n_subs, why=why))
     return 1 if why else cfg.n_subs
+
+def _importable(name) -> bool:
+    "Would another process find the module that is loaded here?"
+    find = importlib.util.find_spec if "." in name else importlib.machinery.PathFinder.find_spec # the first believes what is loaded already
+    here, found = getattr(sys.modules.get(name), "__file__", None), name != "__main__" and find(name)
+    return bool(here and found and found.origin and os.path.samefile(here, found.origin))
 
 def _modules(source) -> list: return sorted({HANDLERS[p.handler.name].make.__module__ for p in source.parts})
 
@@ -218,14 +226,15 @@ def _part():
 
 # %% ../nbs/14a_preprocess.ipynb #aed144c6
 messages(
-    pre_text=("{n:,} document{s}", "{n:,} 篇文档"), pre_chat=("{n:,} chat{s}", "{n:,} 个对话"), pre_pair=("{n:,} pair{s}", "{n:,} 对回答"), pre_token=("{n:,} token{s}", "{n:,} 个词元"),
+    pre_text=("{n:,} documents", "{n:,} 篇文档"), pre_chat=("{n:,} chats", "{n:,} 个对话"), pre_pair=("{n:,} pairs", "{n:,} 对回答"), pre_token=("{n:,} tokens", "{n:,} 个词元"),
+    one_text=("{n} document", "{n} 篇文档"), one_chat=("{n} chat", "{n} 个对话"), one_pair=("{n} pair", "{n} 对回答"), one_token=("{n} token", "{n} 个词元"),
     pre_bar=("Tokenizing (%)", "分词（%）"), pre_speed=(", {mb:.1f} MB/s, {tokens:,.0f} tokens/s", "，{mb:.1f} MB/秒，{tokens:,.0f} 词元/秒"),
     pre_took=("{what}, {tokens} in {time}", "{what}，{tokens}，用时 {time}"), pre_learned=("{n:,} tokens are learned ({share:.0%})", "其中 {n:,} 个词元参与学习（{share:.0%}）"),
     pre_rows=("packed into {n:,} rows, {filled:.1%} full", "打包成 {n:,} 行，填充率 {filled:.1%}"), pre_left=("left out: {why}", "已去掉：{why}"),
     pre_listed=("unusable rows are listed in {path}", "无法使用的行列在 {path}"), pre_wrote=("wrote {path}.bin and .idx", "已写出 {path}.bin 与 .idx"),
     pre_train=("train on it with --data-path {path}", "训练时使用 --data-path {path}"),
 )
-def _n(what, n) -> str: return phrase(f"pre_{what}", n=n, s="" if n == 1 else "s") # 1 document, 2 documents
+def _n(what, n) -> str: return phrase(f"{'one' if n == 1 else 'pre'}_{what}", n=n) # 1 document, 2 documents
 
 # %% ../nbs/14a_preprocess.ipynb #11bd78af
 class _Report:

@@ -157,6 +157,7 @@ def _of_tokens(title, tokens, tokenizer, seq_length) -> SequenceView: return _vi
 # %% ../nbs/15_views.ipynb #d310356d
 _NAME = re.compile(r"(?:_packed)?_(input_ids|attention_mask|labels|chosen_input_ids|chosen_labels|rejected_input_ids|rejected_labels)_document$")
 messages(
+    near=(" There is {names}.", "这里有 {names}。"), near_none=(" Check the path.", "请检查路径。"), or_raw=(", or a raw file", "，或原始文件"),
     no_prefix=("Found neither data files nor a .bin/.idx pair at {path}; expected a prefix that `ascend_nb preprocess` wrote{raw}.{like}",
                "{path} 处既没有数据文件也没有 .bin/.idx；应为 `ascend_nb preprocess` 写出的前缀{raw}。{like}"),
     no_sample=("Found {n} samples in {path}; asked for number {i}, counted from 0. Choose a smaller --index.", "{path} 中有 {n} 个样本；请求的编号是 {i}（从 0 计）。请减小 --index。"),
@@ -201,7 +202,7 @@ def no_data(
 ) -> UserError: # to be raised
     "The sentence for a path that holds nothing; it names pairs whose names begin like it."
     near = [f"{path}{s}" for s in pairs_like(path)][:3]
-    return UserError("no_prefix", path=path, raw=raw, like=f" There is {', '.join(near)}." if near else " Check the path.")
+    return UserError("no_prefix", path=path, raw=raw, like=phrase("near", names=", ".join(near)) if near else phrase("near_none"))
 
 # %% ../nbs/15_views.ipynb #5227bc1c
 def _from_prefix(path, pairs, i, tokenizer, seq_length) -> SampleView:
@@ -277,7 +278,7 @@ def show_sample(
         return SampleView([_of_sample(f"{title}, {side}", s, tok) for side, s in zip(("chosen", "rejected"), sample)])
     pairs = find_pairs(data)
     if pairs and not is_raw(data): return _from_prefix(data, pairs, i, tok, seq_length)
-    if not (cfg.dataset_dir or cfg.hf_datasets_params or is_raw(data) or "," in str(data)): raise no_data(data, ", or a raw file")
+    if not (cfg.dataset_dir or cfg.hf_datasets_params or is_raw(data) or "," in str(data)): raise no_data(data, phrase("or_raw"))
     item, where, prompt_type = _item(str(data), i, cfg)
     return show_item(item, where, tok, cfg, prompt_type, seq_length)
 

@@ -220,13 +220,26 @@ def shout(row):
 """
 
 
-@pytest.mark.parametrize("where", ["module", "__main__"])
+LOOSE = """
+import importlib.util, sys
+from ascend_nb.config import PreprocessConfig
+from ascend_nb.preprocess import run
+spec = importlib.util.spec_from_file_location("mine", "elsewhere/mine.py")
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+"""
+
+
+@pytest.mark.parametrize("where", ["module", "__main__", "loose", "loose, registered"])
 def test_ones_own_handler_in_two_processes(shared_data, toks, tmp_path, where):
-    "By its module; from a script that is all there is, in one process."
+    "By its module; from a script that is all there is, or from a file that is on no path, in one process."
     (tmp_path / "x.jsonl").write_text((shared_data / "pretrain" / "c4_demo.jsonl").read_text(encoding="utf-8") * 3, encoding="utf-8")
-    (tmp_path / "mine.py").write_text(OWN)
+    home = tmp_path / ("elsewhere" if "loose" in where else "")
+    home.mkdir(exist_ok=True)
+    (home / "mine.py").write_text(OWN)
     call = f"print(run(PreprocessConfig(input={str(tmp_path / 'x.jsonl')!r}, tokenizer_name_or_path={str(toks['qwen2'])!r}, output_prefix={str(tmp_path / 'out')!r}, handler_name='ShoutHandler', n_subs=2), json=True)['parts'])"
-    (tmp_path / "script.py").write_text(("from mine import *\n" if where == "module" else OWN) + call)
+    begin = {"module": "from mine import *\n", "__main__": OWN, "loose": LOOSE, "loose, registered": LOOSE + "sys.modules['mine'] = module\n"}
+    (tmp_path / "script.py").write_text(begin[where] + call)
     p = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True)
     assert p.stdout.strip() == ("2" if where == "module" else "1"), p.stderr
     from ascend_nb.tokenizers import load_tokenizer
