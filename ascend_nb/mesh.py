@@ -123,8 +123,8 @@ class Mesh:
         device_type: str = "cpu", # of the tensors
         ulysses: int = 0 # cp's inner part that exchanges heads; 0: all of it
     ):
-        self.sizes, self.device_type, rank = s, device_type, rank_info().rank
-        self.rank, self.main = rank, rank == 0
+        self.sizes, self.device_type, rank = s, device_type, rank_info().rank % s.world # a mesh of one process serves as a comparison in many
+        self.rank, self.main = rank, rank_info().rank == 0
         where = (grid(s) == rank).nonzero()[0].tolist()
         self.pp, self.dp, self.fsdp, self.cp, self.tp = where # coordinates
         self.data = self.dp * s.fsdp + self.fsdp # which samples
