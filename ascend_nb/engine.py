@@ -113,7 +113,7 @@ def _step(self: Engine,
         sums.extend(t * batch.num_targets for t in self.terms)
         self.terms.clear()
         return scale(value / targets)
-    factor = float(scale(torch.ones(()))) if self.terms is not None else 1.
+    factor = float(scale(torch.ones((), device=device)))
     with kernels(**self.kernels):
         if self.line:
             self.share = factor * weights[0]
@@ -149,8 +149,11 @@ Engine.step, Engine.forward, Engine.total = _step, _forward, _total
 def _gradients(self: Engine) -> dict: # name -> local gradient, taken from the parameters
     "What the optimizer is given: summands added, the two ends of a pipeline made alike."
     grads = {n: g for n, k in self.pieces.items() if (g := k.gradient()) is not None}
-    add_tied(grads, self.tied, self.mesh)
+    self.tie(grads)
     return grads
+
+def _tie(self: Engine, grads: dict) -> None: # name -> local gradient, changed in place
+    add_tied(grads, self.tied, self.mesh)
 
 def _length(self: Engine,
     grads: dict # name -> local gradient
@@ -166,4 +169,4 @@ def _mode(self: Engine,
         m.train(training)
         if training and self.sharded: rest(m)
 
-Engine.gradients, Engine.length, Engine.train = _gradients, _length, _mode
+Engine.gradients, Engine.tie, Engine.length, Engine.train = _gradients, _tie, _length, _mode
