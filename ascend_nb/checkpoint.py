@@ -180,6 +180,7 @@ def save_step(
         with atomic_file(tmp / "manifest.json") as f: json.dump(dict(format="ascend_nb step", version=1, files=files), f, indent=1)
     return folder
 
+# %% ../nbs/30_checkpoint.ipynb #ab0db76b
 def check_step(
     folder, # a saved step
     contents: bool = True # compare checksums too; False: names and sizes only, which is quick

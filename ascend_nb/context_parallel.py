@@ -135,6 +135,7 @@ def _scores(q, k, hidden): # (B, K, G, q, D) · (B, K, k, D) -> (B, K, G, q, k)
     s = q @ k[:, :, None].transpose(-1, -2)
     return s if hidden is None else s.masked_fill_(hidden.to(s.device), float("-inf"))
 
+# %% ../nbs/26_context_parallel.ipynb #80f8a4b5
 class _Ring(torch.autograd.Function):
     "q (B, K, G, S, D) scaled, k (B, K, S, D), v (B, K, S, Dv) of this process."
     @staticmethod

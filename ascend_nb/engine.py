@@ -137,6 +137,7 @@ def _forward(self: Engine,
         out = forward_only(self.line, mine, loss_fn) if self.line else loss_fn(self.models[0], mine)
     return torch.zeros((), device=device) if out is None else out[0]
 
+# %% ../nbs/29_engine.ipynb #fe568e4d
 def _total(self: Engine,
     x # this process's number, or several
 ) -> Tensor: # fp64, the same in all processes

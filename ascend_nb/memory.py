@@ -46,6 +46,7 @@ def _groups(layers, size): # every group as one: the first runs them all, the ot
         again(first)
         for m in rest: m.forward = lambda x, *args, **kw: x
 
+# %% ../nbs/28a_memory.ipynb #a3104270
 def save_memory(
     model: nn.Module, # a Decoder or a stage; before it is sharded
     m: MemoryConfig, # the switches

@@ -94,6 +94,7 @@ def misfits(
     if s.ep > 1 and not (model and model.num_experts) and model: bad.append("expert_model_parallel_size is above 1, but the model has no experts")
     return bad
 
+# %% ../nbs/24_mesh.ipynb #f095036d
 def check(
     p: ParallelConfig, # what was asked for
     world: int, # processes
@@ -229,6 +230,7 @@ def agree(
     what = "; ".join(f"{k}: {first.get(k)} there, {other.get(k)} here" for k in sorted({*first, *other}) if first.get(k) != other.get(k))
     raise UserError("ranks_differ", ranks=", ".join(map(str, odd)), first=i, what=what)
 
+# %% ../nbs/24_mesh.ipynb #79ea98fa
 messages(
     port_taken=("Port {port} of {host} is in use by another program; expected a free one for rank 0. Pass another --master-port to torchrun.",
                 "{host} 的端口 {port} 已被其他程序占用；rank 0 需要一个空闲端口。请为 torchrun 指定其他 --master-port。"),

@@ -60,6 +60,7 @@ def part(
     "Cut without talking."
     return x.chunk(group.size(), dim)[group.rank()].contiguous()
 
+# %% ../nbs/25_parallel_layers.ipynb #0dfcc341
 class _Door(torch.autograd.Function):
     "One way forward, another back."
     @staticmethod

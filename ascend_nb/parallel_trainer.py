@@ -44,45 +44,47 @@ class DealtWeights(Weights):
         if n in self.kept: self.kept[n][0].add_(part)
         else: self.kept[n] = part.float(), where
 
-    def _collect(self):
-        for n, (part, where) in self.kept.items():
-            p = self.live[n]
-            p.grad = None
-            k = self.engine.pieces[n]
-            if where is not None and where != p.placements:
-                part = DTensor.from_local(part, p.device_mesh, where, run_check=False, shape=p.shape, stride=p.stride()).redistribute(placements=p.placements).to_local()
-            self.named[n].grad = part
-        self.kept = {}
-
     @torch.no_grad()
     def publish(self) -> None:
         "Round the copies into the model."
         if self.copied:
             for n, k in self.engine.pieces.items(): k.local.copy_(self.named[n])
 
-    def clip(self,
-        limit: float # largest length; 0: only measure
-    ) -> Tensor: # the whole gradient's length before clipping, 0-d, the same in all processes
-        "Collect the gradients, undo the loss scale, measure, shorten."
-        if self.copied: self._collect(); self.engine.tie({n: w.grad for n, w in self.named.items() if w.grad is not None})
-        else:
-            for n, g in self.engine.gradients().items(): self.named[n].grad = g
-        if self.scaler.is_enabled(): self._unscale()
-        grads = {n: w.grad for n, w in self.named.items() if w.grad is not None}
-        length = self.engine.length(grads)
-        if limit and grads: torch._foreach_mul_(list(grads.values()), (limit / (length + 1e-6)).clamp(max=1.))
-        return length
+# %% ../nbs/41a_parallel_trainer.ipynb #eb266272
+def _collect(self: DealtWeights):
+    for n, (part, where) in self.kept.items():
+        p = self.live[n]
+        if where is not None and where != p.placements:
+            part = DTensor.from_local(part, p.device_mesh, where, run_check=False, shape=p.shape, stride=p.stride()).redistribute(placements=p.placements).to_local()
+        self.named[n].grad = part
+    self.kept = {}
 
-    def _unscale(self):
-        "An overflow anywhere is an overflow everywhere."
-        self.scaler.unscale_(self.optimizer)
-        found = self.scaler._per_optimizer_states[id(self.optimizer)]["found_inf_per_device"]
-        for t in found.values():
-            if dist.is_initialized(): dist.all_reduce(t, dist.ReduceOp.MAX)
+def _clip(self: DealtWeights,
+    limit: float # largest length; 0: only measure
+) -> Tensor: # the whole gradient's length before clipping, 0-d, the same in all processes
+    "Collect the gradients, undo the loss scale, measure, shorten."
+    if self.copied: self._collect(); self.engine.tie({n: w.grad for n, w in self.named.items() if w.grad is not None})
+    else:
+        for n, g in self.engine.gradients().items(): self.named[n].grad = g
+    if self.scaler.is_enabled(): self._unscale()
+    grads = {n: w.grad for n, w in self.named.items() if w.grad is not None}
+    length = self.engine.length(grads)
+    if limit and grads: torch._foreach_mul_(list(grads.values()), (limit / (length + 1e-6)).clamp(max=1.))
+    return length
+
+def _unscale(self: DealtWeights):
+    "An overflow anywhere is an overflow everywhere."
+    self.scaler.unscale_(self.optimizer)
+    found = self.scaler._per_optimizer_states[id(self.optimizer)]["found_inf_per_device"]
+    for t in found.values():
+        if dist.is_initialized(): dist.all_reduce(t, dist.ReduceOp.MAX)
+
+DealtWeights._collect, DealtWeights.clip, DealtWeights._unscale = _collect, _clip, _unscale
 
 # %% ../nbs/41a_parallel_trainer.ipynb #e1c5ed93
 SIGNALS = "SIGINT", "SIGTERM" # what a run may be stopped by; anything else is told as "another process"
 
+# %% ../nbs/41a_parallel_trainer.ipynb #9534a6bf
 class ParallelTrainer(Trainer):
     "A Trainer over an Engine."
     def __init__(self,
@@ -121,29 +123,32 @@ class ParallelTrainer(Trainer):
         now.tokens, now.targets = tokens, targets
         return now
 
-    def one_step(self) -> None:
-        "A step, and whether all go on."
-        super().one_step()
-        if self.mesh.sizes.world == 1: return
-        said = self.mesh.total([self.stopped == name for name in SIGNALS] + [bool(self.stopped)]).tolist()
-        if said[-1]: self.stop(next((name for name, n in zip(SIGNALS, said) if n), "another process"))
+# %% ../nbs/41a_parallel_trainer.ipynb #2247c34a
+def _one_step(self: ParallelTrainer) -> None:
+    "A step, and whether all go on."
+    Trainer.one_step(self)
+    if self.mesh.sizes.world == 1: return
+    said = self.mesh.total([self.stopped == name for name in SIGNALS] + [bool(self.stopped)]).tolist()
+    if said[-1]: self.stop(next((name for name, n in zip(SIGNALS, said) if n), "another process"))
 
-    @torch.no_grad()
-    def evaluate(self) -> float: # mean loss over the trained tokens
-        "Validate. Raises UserError where there is nothing to validate on."
-        if self.mesh.sizes.world == 1: return super().evaluate()
-        if self.valid_loader is None: raise UserError("no_valid")
-        self.valid_loader.load_state_dict(self.valid_start)
-        self.engine.train(False)
-        total, n = 0., 0
-        for _ in range(self.cfg.eval_iters):
-            batch = next(self.valid_loader)
-            total, n = total + self.engine.forward(batch, self.loss_fn, self.device).float(), n + batch.num_targets
-        self.engine.train(True)
-        s = self.mesh.sizes
-        loss, n = self.engine.total(total.reshape(1))[0], self.mesh.total([n])[0] / (s.tp * s.cp * s.pp)
-        if not n: raise UserError("no_valid")
-        return float(loss / n)
+@torch.no_grad()
+def _evaluate(self: ParallelTrainer) -> float: # mean loss over the trained tokens
+    "Validate. Raises UserError where there is nothing to validate on."
+    if self.mesh.sizes.world == 1: return Trainer.evaluate(self)
+    if self.valid_loader is None: raise UserError("no_valid")
+    self.valid_loader.load_state_dict(self.valid_start)
+    self.engine.train(False)
+    total, n = 0., 0
+    for _ in range(self.cfg.eval_iters):
+        batch = next(self.valid_loader)
+        total, n = total + self.engine.forward(batch, self.loss_fn, self.device).float(), n + batch.num_targets
+    self.engine.train(True)
+    s = self.mesh.sizes
+    loss, n = self.engine.total(total.reshape(1))[0], self.mesh.total([n])[0] / (s.tp * s.cp * s.pp)
+    if not n: raise UserError("no_valid")
+    return float(loss / n)
+
+ParallelTrainer.one_step, ParallelTrainer.evaluate = _one_step, _evaluate
 
 # %% ../nbs/41a_parallel_trainer.ipynb #f9f8f125
 def _optim(t): # "optim.KEY.NAME" -> DTensor or tensor

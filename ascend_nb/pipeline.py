@@ -56,6 +56,7 @@ def my_stages(
     n = mesh.sizes.pp
     return [mesh.pp, 2 * n - 1 - mesh.pp] if name == "zbv" else [mesh.pp + n * v for v in range(mesh.sizes.vpp)]
 
+# %% ../nbs/27_pipeline.ipynb #76768c84
 def cut_stage(
     model: Decoder, # whole, on the meta device: nothing is there yet
     layers: range, # that stay
@@ -138,19 +139,22 @@ class Pipeline:
             self.made[key] = kind(held[0] if single else held, micro, loss_fn=lambda h, which: self.loss(h, which), scale_grads=False)
         return self.made[key]
 
-    def step(self,
-        batches: list, # of Batch on the device, all of one shape
-        loss # (model, batch) -> 0-d tensor to go back from; called in the last stage
-    ) -> None:
-        "Forward and backward over all micro-batches; gradients are added to the parameters."
-        self.batches, micro = batches, len(batches)
-        last = self.stages.get(self.n - 1)
-        self.loss = lambda h, which: loss(shim(last, h), batches[int(which)])
-        which = torch.arange(micro)
-        line = self._schedule(*batches[0].input_ids.shape, micro)
-        args = (torch.cat([b.input_ids for b in batches]),) if 0 in self.stages else ()
-        line.step(*args, which=which, target=which if last is not None else None, return_outputs=False)
-        self.batches = None
+# %% ../nbs/27_pipeline.ipynb #a87d35e2
+def _line_step(self: Pipeline,
+    batches: list, # of Batch on the device, all of one shape
+    loss # (model, batch) -> 0-d tensor to go back from; called in the last stage
+) -> None:
+    "Forward and backward over all micro-batches; gradients are added to the parameters."
+    self.batches, micro = batches, len(batches)
+    last = self.stages.get(self.n - 1)
+    self.loss = lambda h, which: loss(shim(last, h), batches[int(which)])
+    which = torch.arange(micro)
+    line = self._schedule(*batches[0].input_ids.shape, micro)
+    args = (torch.cat([b.input_ids for b in batches]),) if 0 in self.stages else ()
+    line.step(*args, which=which, target=which if last is not None else None, return_outputs=False)
+    self.batches = None
+
+Pipeline.step = _line_step
 
 # %% ../nbs/27_pipeline.ipynb #be7e22ed
 def forward_only(

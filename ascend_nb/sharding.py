@@ -58,6 +58,7 @@ def begin_backward(
     model.set_requires_gradient_sync(last or stage >= 2)
     model.set_reshard_after_backward(last or stage == 3)
 
+# %% ../nbs/25a_sharding.ipynb #77d9c64a
 def rest(
     model: nn.Module # perhaps sharded
 ) -> None:
@@ -107,6 +108,7 @@ def pieces(
             out[n] = Piece(p, float("inf") if n in counted_elsewhere else each / dealt)
     return out
 
+# %% ../nbs/25a_sharding.ipynb #9bace2bf
 def norm(
     grads: dict, # name -> local gradient
     held: dict, # name -> Piece

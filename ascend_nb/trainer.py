@@ -181,12 +181,15 @@ class Loop:
 
     def together(self, sums: list) -> Tensor: return torch.stack(sums).sum() # sums: of the micro-batches; the step's sum of losses, 0-d
 
-    def logs_at(self,
-        step: int # from 1
-    ) -> bool:
-        "Does this step get a row? Every log_interval-th, and those that validate, save or end."
-        c = self.cfg
-        return bool(self.stopped) or step == c.train_iters or any(k and step % k == 0 for k in (c.log_interval, c.eval_interval, c.save_interval))
+# %% ../nbs/41_trainer.ipynb #aa7e40ca
+def _logs_at(self: Loop,
+    step: int # from 1
+) -> bool:
+    "Does this step get a row? Every log_interval-th, and those that validate, save or end."
+    c = self.cfg
+    return bool(self.stopped) or step == c.train_iters or any(k and step % k == 0 for k in (c.log_interval, c.eval_interval, c.save_interval))
+
+Loop.logs_at = _logs_at
 
 # %% ../nbs/41_trainer.ipynb #4dabdd99
 class Trainer(Loop):

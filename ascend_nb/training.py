@@ -203,6 +203,7 @@ def run(
     end(None)
     return out
 
+# %% ../nbs/43_training.ipynb #4198805a
 def _run(cfg, json):
     job = build(cfg)
     if not job.mesh.main: return _help(job)
