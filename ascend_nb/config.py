@@ -154,7 +154,7 @@ class OptimizerConfig:
 class TrainConfig(OptimizerConfig):
     "The loop: how long, how fast, how often to look and to save. Megatron's flags."
     stage: str = knob("pretrain", choices=("pretrain", "sft")) # pretrain: every token counts; sft: only answers count
-    load: str = "" # Hugging Face folder to start from; empty: new weights in the shape of the section `model`
+    load: str = "" # Hugging Face folder to start from, or a run folder or step of which only the weights are taken; empty: new weights in the shape of the section `model`
     save: str = "runs/run" # run folder: config, metrics, steps
     resume: str = knob("auto", choices=("auto", "never", "must"), advanced=True) # go on from the newest whole step in the run folder
     train_iters: int = knob(100, low=1) # optimizer steps

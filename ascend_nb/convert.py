@@ -17,7 +17,7 @@ from .families import check_vocab, config_from_hf, config_to_hf, read_json
 from .megatron_format import NUMBERS
 from .megatron_layout import FILE, TRACKER, Layout, noop_list
 from .megatron_names import Naming, qkv_picture
-from .megatron_source import FileSource, hf_files, open_hf, open_megatron
+from .megatron_source import FileSource, hf_files, names, open_hf, open_megatron
 
 # %% ../nbs/35_convert.ipynb #269e07c2
 messages(
@@ -219,14 +219,19 @@ def plan(
         if not getattr(cfg, what): raise UserError("give_folders", what=what)
     kind, source = wanted(cfg), open_source(cfg)
     check_claims(cfg, source.cfg)
-    if cfg.lora_load: source = importlib.import_module("ascend_nb.lora").overlay(source, cfg)
+    if not cfg.lora_load and getattr(source, "extra", None): raise UserError("lora_inside", path=cfg.load_dir)
+    if cfg.lora_load not in (None, "", "none"): source = importlib.import_module("ascend_nb.lora").overlay(source, cfg)
     return source, TARGETS[kind](source, cfg)
+
+messages(lora_inside=("Found an adapter inside {path}, beside the weights; expected to be told what becomes of it. Pass --lora-load {path} to merge it, --lora-load none to leave it out, or --save-lora-to-hf to write it alone.",
+                      "{path} 中除权重外还有适配器；需要说明如何处理。合并请传 --lora-load {path}，舍弃请传 --lora-load none，单独导出请传 --save-lora-to-hf。"))
 
 # %% ../nbs/35_convert.ipynb #aa06d294
 def convert(
     cfg: ModelLinkConvertConfig # the flags
 ) -> dict: # the certificate; empty after a dry run
     "Convert weights. Raises UserError before anything is written where the input is wrong."
+    if cfg.save_lora_to_hf: return importlib.import_module("ascend_nb.lora").save_lora(open_source(cfg), cfg)
     source, target = plan(cfg)
     if cfg.dry_run: print(journey(source, target)); return {}
     more = (lambda folder, back: probe(source, back, folder, target)) if cfg.verify else None
@@ -239,6 +244,10 @@ def run(
     "`ascend_nb convert`: prints the new folder's path."
     paper = convert(cfg)
     if not paper: return {}
+    if cfg.save_lora_to_hf:
+        say(f"{paper['kind']} -> PEFT's files: {paper['matrices']} matrices, rank {names(map(str, paper['ranks']))}")
+        if not json: print(paper["folder"])
+        return paper
     n, v = paper["accounted"], paper.get("verified")
     say(f"{paper['source']['kind']} -> {paper['target']['kind']}: {n['parameters']} parameters in {n['target_tensors']} tensors, {paper['seconds']} s; none missing, none unused"
         + (f"; read back: {v['bitwise_equal']} equal to the last bit; scores {v.get('logits', v.get('logits_max_difference'))}" if v else ""))

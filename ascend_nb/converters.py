@@ -55,7 +55,7 @@ class Target:
     folder: Path # its final name
     label: str # what it is, for people
     files: list # of OutFile
-    texts: dict # name in the folder -> text, or Path of a file to copy
+    texts: dict # name in the folder -> text, Path of a file to copy, or a function of the folder with the finished files
     notes: dict = field(default_factory=dict) # for the certificate
     picture: str = "" # for --dry-run
     reopen: object = None # folder -> source, which reads it back
@@ -205,7 +205,7 @@ def run(
                     if out.name not in done: done[out.name] = _one(source, out, tmp, pool, tick)
             for name, what in target.texts.items():
                 (tmp / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(what, tmp / name) if isinstance(what, Path) else (tmp / name).write_text(what, encoding="utf-8")
+                shutil.copyfile(what, tmp / name) if isinstance(what, Path) else (tmp / name).write_text(what(tmp) if callable(what) else what, encoding="utf-8")
             paper = certificate(source, target, counts, done) | dict(seconds=round(time.time() - begun, 3), resumed_files=resumed)
             if verify:
                 back = target.reopen(tmp)

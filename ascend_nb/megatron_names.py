@@ -261,7 +261,7 @@ def _experts(prefix, shapes, naming, cut, at, mine): # `mine`: numbers of this r
     rows = EXPERT["grouped" if naming.grouped and naming.style != "engine" else "each"]
     for what, rule, *names in rows:
         name = at + names[("legacy", "core", "engine").index(naming.style)]
-        own = lambda e: [(f"{prefix}mlp.experts.{p}", e) for p in what.split()]
+        own = lambda e, what=what: [(f"{prefix}mlp.experts.{p}", e) for p in what.split()]
         if f"{prefix}mlp.experts.down_proj" not in shapes: return
         if rule in ("up", "down"): yield placed(name, [p for e in mine for p in own(e)], rule, shapes, cut)
         else: yield from (placed(name.format(e=i), own(e), rule, shapes, cut) for i, e in enumerate(mine))

@@ -222,7 +222,7 @@ def open_hf(
     "A Hugging Face folder as canonical parameters. Raises UserError unless config and weights fit each other exactly."
     cfg, files = cfg or config_from_hf(folder), hf_files(folder)
     have = {t.name: t for ts in files.values() for t in ts}
-    if (n := sum(map(len, files.values()))) != len(have): raise UserError("twice", path=folder, n=n - len(have))
+    if (n := sum(map(len, files.values()))) != len(have): raise UserError("tensor_twice", path=folder, n=n - len(have))
     may, prefix = optional_hf(cfg), may_lack(cfg)
     head = [p for p in spelled(tied_head(cfg), have, cfg) if p.stored.name in have]
     placed = located(spelled(hf_placed(cfg), have, cfg) + head, have, folder, f"a {cfg.model_type} model with its config.json",
@@ -240,7 +240,7 @@ def tied_head(
     found = [p for p in hf_placed(replace(cfg, tie_word_embeddings=False)) if p.blocks[0].part[0] == "lm_head.weight"]
     return [replace(p, blocks=tuple(b._replace(part=("model.embed_tokens.weight", None)) for b in p.blocks)) for p in found]
 
-messages(twice=("Found {n} tensors twice in the shards of {path}; expected each once. Fetch the folder again.", "{path} 的分片中有 {n} 个张量重复；每个应只出现一次。请重新获取。"))
+messages(tensor_twice=("Found {n} tensors twice in the shards of {path}; expected each once. Fetch the folder again.", "{path} 的分片中有 {n} 个张量重复；每个应只出现一次。请重新获取。"))
 
 def spelled(
     placed: list, # of Placed in the family's names

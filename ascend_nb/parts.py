@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 from .core import UserError, atomic_file, messages, phrase, say
-from .indexed import JOURNAL, IndexedWriter, _writing, roll_forward
+from .indexed import JOURNAL, IndexedWriter, _writing, one_at_a_time, roll_forward
 from .packing import bin_members, pack_bins
 
 # %% ../nbs/14_parts.ipynb #0913f1b8
@@ -55,7 +55,7 @@ def _lock(path: Path, prefix):
             with suppress(FileNotFoundError):
                 if os.stat(path).st_ino == os.fstat(f.fileno()).st_ino: break # else the folder was removed between opening and locking
             f.close()
-    f.truncate(0); f.write(f"{os.getpid()} {socket.gethostname()}"); f.flush()
+    with suppress(OSError): os.ftruncate(f.fileno(), 0); os.write(f.fileno(), f"{os.getpid()} {socket.gethostname()}".encode()) # a full disk is told of by what comes next
     return f
 
 # %% ../nbs/14_parts.ipynb #92775e76
@@ -70,7 +70,8 @@ def work_folder(
     prefix = Path(prefix).absolute()
     folder = prefix.with_name(f".{prefix.name}.work")
     with _lock(folder/"lock", prefix) as lock:
-        for journal in folder.glob(f"**/{JOURNAL}"): roll_forward(journal) # killed while it gave files their names
+        with one_at_a_time([prefix.parent]):
+            for journal in folder.glob(f"**/{JOURNAL}"): roll_forward(journal) # killed while it gave files their names
         plans = json.loads(json.dumps([plan, *also])) # as they come back from a file
         had = [p for p in folder.iterdir() if p.name != "lock"]
         same = resume and _read(folder/"plan.json") in plans
@@ -78,8 +79,9 @@ def work_folder(
             if _marked(folder) and resume: say(phrase("starts_over", folder=folder))
             _clear(had)
         if same and _marked(folder): say(phrase("goes_on", folder=folder))
-        with atomic_file(folder/"plan.json") as f: json.dump(plan, f)
-        try: yield folder, lock
+        try:
+            with _writing(prefix), atomic_file(folder/"plan.json") as f: json.dump(plan, f)
+            yield folder, lock
         except BaseException:
             if _marked(folder): say(phrase("kept", folder=folder))
             else: _remove(folder)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'split_bounds', 'plan_epochs', 'gpt_index', 'epoch_order', 'blend_step', 'agree', 'once', 'content_key',
-           'cached']
+           'cached', 'need_same_shape']
 
 # %% ../nbs/12a_sample_index.ipynb #91e9aeaa
 import fcntl, hashlib, json, os, re, socket, sys, time
@@ -217,3 +217,18 @@ def cached(
             with atomic_file(note) as f: f.write(f"{text}\n{[list(a.shape) for a in arrays]}")
         except OSError as e: raise UserError("cache_write", folder=folder, why=e.strerror) from e
     return once(folder, find, make, shared)
+
+# %% ../nbs/12a_sample_index.ipynb #a7620f54
+messages(
+    unequal_fields=("Found {got:,} sequences with {tokens:,} tokens in {path}; expected those of {like}, {want:,} with {want_tokens:,}, each of the same length: "
+                    "the files are not of one run. Preprocess again.",
+                    "{path} 含 {got:,} 条序列、{tokens:,} 个词元；应与 {like} 相同（{want:,} 条、{want_tokens:,} 个，且逐条等长）：这些文件不是同一次生成的。请重新预处理。"),
+)
+
+def need_same_shape(
+    reader, # IndexedReader of labels or of a mask
+    like # IndexedReader of the ids that they belong to
+) -> None:
+    "Raise UserError where two pairs cannot be of one run: other sequences, or other lengths."
+    if not np.array_equal(reader.lengths, like.lengths):
+        raise UserError("unequal_fields", got=len(reader), tokens=reader.num_tokens, path=reader.prefix, like=like.prefix, want=len(like), want_tokens=like.num_tokens)

@@ -51,13 +51,14 @@ def pad_unit(
 # %% ../nbs/42a_spread.ipynb #851e2ddb
 def build_engine(
     cfg: RunConfig, # resolved
-    mesh: Mesh # of this process
+    mesh: Mesh, # of this process
+    load=load_model # (path) -> Decoder
 ) -> Engine: # with weights
     "New weights, or those of `load`, spread over the grid."
     t, p = cfg.train, cfg.parallel
     device = pick_device(t.device).value
     dtype = pick_dtype(t.dtype, device).value
-    read = load_model(t.load).state_dict() if t.load else None
+    read = load(t.load).state_dict() if t.load else None
     def fill(model):
         if read is None: model.init_weights(t.seed)
         else: model.load_state_dict({k: read[k] for k in model.state_dict()})

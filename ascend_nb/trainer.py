@@ -179,9 +179,11 @@ class Loop:
             now.sums.append(total.detach())
         return now.sums
 
-    def together(self, sums: list) -> Tensor: return torch.stack(sums).sum() # sums: of the micro-batches; the step's sum of losses, 0-d
+
 
 # %% ../nbs/41_trainer.ipynb #aa7e40ca
+def _together(self: Loop, sums: list) -> Tensor: return torch.stack(sums).sum() # sums: of the micro-batches; the step's sum of losses, 0-d
+
 def _logs_at(self: Loop,
     step: int # from 1
 ) -> bool:
@@ -189,7 +191,7 @@ def _logs_at(self: Loop,
     c = self.cfg
     return bool(self.stopped) or step == c.train_iters or any(k and step % k == 0 for k in (c.log_interval, c.eval_interval, c.save_interval))
 
-Loop.logs_at = _logs_at
+Loop.logs_at, Loop.together = _logs_at, _together
 
 # %% ../nbs/41_trainer.ipynb #4dabdd99
 class Trainer(Loop):

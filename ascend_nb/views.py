@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 from .config import ReportConfig, RowsConfig, ShowConfig
 from .core import UserError, atomic_file, in_notebook, messages, phrase
-from .indexed import IndexedReader, need_same_shape, pairs_like
+from .indexed import IndexedReader, pairs_like
 from .mixtures import open_source
 from .packing import length_report, plot_lengths
 from .rows import BadRows
+from .sample_index import need_same_shape
 from .templates import Tokens, encode_pairs, encode_sft, load_prompt_types
 from .tokenizers import Tokenizer, load_tokenizer
 from .turns import Pair, Record

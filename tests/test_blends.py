@@ -1,4 +1,6 @@
 """Several sources as one, and the data sets of a whole run: against Megatron-LM, and across real processes."""
+import collections
+import itertools
 import json
 
 import numpy as np
@@ -9,8 +11,8 @@ from ascend_nb.blends import BlendedDataset, build_datasets, collate_for, parse_
 from ascend_nb.config import DataConfig
 from ascend_nb.core import UserError
 from ascend_nb.datasets import GPTDataset, Loader
-from ascend_nb.indexed import IndexedReader, IndexedWriter
-from ascend_nb.instruct_sets import PackedDataset
+from ascend_nb.indexed import IndexedReader, IndexedWriter, write_together
+from ascend_nb.instruct_sets import FIELDS, PackedDataset, PairDataset
 from ascend_nb.sample_index import blend_step
 
 pytest_plugins = ("fixtures_megatron", "fixtures_tokens")
@@ -151,6 +153,40 @@ def test_resume_of_every_kind_at_another_size(kind, numbers, tmp_path):
     begun = rows(first, 4)
     assert begun == straight[:16]
     for world in (1, 2, 4): assert rows(team(world, first[1].state_dict()), 8 // world) == straight[16:32], world
+
+
+@pytest.mark.parametrize("kind", ["gpt", "sft", "packed", "pair"])
+def test_a_run_whose_size_changes_reads_each_sample_once_an_epoch(kind, tmp_path):
+    "1, 4, 2, 3 and 1 processes in turn, each from the state of the one before as JSON: after three epochs every answer was learnt three times, every cut of a stream once."
+    N, S = 24, 16 # samples of the file; every sample has tokens of its own
+    begins = [10 + 20 * k for k in range(N)]
+    if kind == "gpt":
+        with IndexedWriter(tmp_path / "x") as w: w.add_many([np.arange(N * S + 1)])
+        prefix = str(tmp_path / "x")
+    else:
+        names = {"pair": PairDataset.FIELDS}.get(kind, FIELDS)
+        with write_together(*(f"{tmp_path}/x_packed_{f}_document" for f in names)) as ws:
+            for w, f in zip(ws, names, strict=True):
+                rows = [np.arange(b, b + 4 + b % 7) + 1000 * f.startswith("rejected") for b in begins]
+                w.add_many([np.ones(len(r), int) if "mask" in f else np.where(np.arange(len(r)) < 2, -100, r) if "labels" in f else r for r in rows])
+        prefix, ids = f"{tmp_path}/x", {b + t for b in begins for t in range(2, 4 + b % 7)}
+        if kind == "pair": ids |= {i + 1000 for i in ids}
+    stage = {"gpt": "pretrain", "packed": "sft"}.get(kind, kind)
+    data = DataConfig(data_path=[prefix], split="1", seq_length=S, packing=kind == "packed", variable_seq_lengths=False)
+    per_epoch = len(build_datasets(data, stage, dict(train=1), 7)["train"])
+    read, state, sizes, left = collections.Counter(), None, itertools.cycle((1, 4, 2, 3, 1)), 3 * per_epoch
+    while left:
+        size = next(s for s in sizes if s <= left)
+        team = [Loader(build_datasets(data, stage, dict(train=3 * per_epoch), 7)["train"], 1, collate_for(data, stage, 0), rank=r, world=size) for r in range(size)]
+        for loader in team:
+            if state: loader.load_state_dict(json.loads(json.dumps(state)))
+            read.update(next(loader).labels.flatten().tolist())
+        state, left = team[0].state_dict(), left - size
+    del read[-100]
+    stream = build_datasets(data, stage, dict(train=3 * per_epoch), 7)["train"]
+    if kind == "gpt": want = collections.Counter(int(t) for i in range(len(stream)) for t in stream.tokens(i)[1:])
+    else: want = dict.fromkeys(ids, 3)
+    assert len(stream) == 3 * per_epoch > 9 and read == want
 
 
 # What a user gets wrong ---------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -236,6 +237,30 @@ def test_killed_between_the_final_names_over_an_older_set(tmp_path, kept):
         assert state(names) == new and not list(tmp_path.glob(f".*/**/{JOURNAL}"))
         if not died: break
     assert not died and len(seen) == 3
+
+
+def test_two_processes_on_one_set_take_turns(tmp_path):
+    "Both finish the same three names again and again at one moment; each commit succeeds, and what is there is one's or the other's."
+    def write(ids, until):
+        real = os.replace
+        def slow(*names): time.sleep(.001); real(*names)
+        os.replace = slow
+        while time.time() < until:
+            with write_together(*(tmp_path / n for n in "abc")) as ws:
+                for w in ws: w.add_many([ids] * 3)
+    until, pids = time.time() + 1, []
+    for k in (0, 1):
+        if not (pid := os.fork()):
+            try: write([k] * (k + 1), until); os._exit(0)
+            finally: os._exit(1)
+        pids.append(pid)
+    assert [os.waitpid(pid, 0)[1] for pid in pids] == [0, 0]
+    assert state([tmp_path / n for n in "abc"]) in ([[0] * 3] * 3, [[1] * 6] * 3) and not list(tmp_path.glob(".*"))
+
+
+def test_a_bin_longer_than_its_index_is_of_another_run(pair):
+    with open(f"{pair}.bin", "ab") as f: f.write(bytes(4))
+    with pytest.raises(UserError, match="28 bytes in .*x.bin; expected 24, all that .*x.idx speaks of"): IndexedReader(pair)
 
 
 def test_commit_all_needs_every_pair_finished(tmp_path):

@@ -10,7 +10,7 @@ from token_files import write_pairs, write_sft
 from ascend_nb.config import ModelConfig, PreprocessConfig
 from ascend_nb.core import UserError
 from ascend_nb.datasets import Sample, collate_sft
-from ascend_nb.indexed import IndexedWriter, write_together
+from ascend_nb.indexed import IndexedReader, IndexedWriter, write_together
 from ascend_nb.instruct_sets import FIELDS, PackedDataset, PairDataset, SFTDataset, collate_pairs, join, share_out
 from ascend_nb.losses import causal_lm_loss
 from ascend_nb.model import Decoder
@@ -51,6 +51,36 @@ def test_sft_files_that_do_not_fit_together(tmp_path):
     with pytest.raises(UserError, match="not of one run"): SFTDataset(prefix, 8)
     os.unlink(f"{prefix}_packed_labels_document.idx")
     with pytest.raises(UserError, match="copy both"): SFTDataset(prefix, 8)
+
+
+def test_samples_that_are_masked_from_end_to_end_are_left_out(tmp_path, capsys):
+    "A label at position 0 has nothing before it; pairs need both sides; where nothing is left, it is no run."
+    def write(prefix, fields, *labels):
+        with write_together(*(f"{prefix}_packed_{f}_document" for f in fields)) as ws:
+            for w, f in zip(ws, fields, strict=True): w.add_many(labels[f.startswith("rejected")] if f.endswith("labels") else [np.ones(len(x), int) for x in labels[0]])
+        return str(prefix)
+    N = -100
+    rows = [[N, 1, N], [N, N, N], [1, N, N], [], [1], [N, N, 1]]
+    ds = SFTDataset(write(tmp_path / "x", FIELDS, rows), 8)
+    assert sorted(ds.index.tolist()) == [0, 5] and "left out: 4 of 6" in capsys.readouterr().err
+    assert sorted(int(i) for k in range(len(PackedDataset(ds))) for i in PackedDataset(ds).members(k)) == [0, 5]
+    assert sorted(SFTDataset(f"{tmp_path}/x", 8, documents=(1, 6)).index.tolist()) == [5]
+    with pytest.raises(UserError, match="no answer token"): SFTDataset(f"{tmp_path}/x", 8, documents=(1, 5))
+    other = [[N, 1, 1], [N, N, 1], [N, N, 1], [], [N], [N, N, N]]
+    assert PairDataset(write(tmp_path / "p", PairDataset.FIELDS, rows, other), 8).index.tolist() == [0]
+
+
+@pytest.mark.parametrize("wrong", [50, -1, -101])
+@pytest.mark.parametrize("stage", ["sft", "pair"])
+def test_a_label_outside_the_vocabulary_is_found_on_opening(tmp_path, stage, wrong):
+    prefix, field = (write_sft(tmp_path / "x", [(2, 3)] * 9), "labels") if stage == "sft" else (write_pairs(tmp_path / "x", [(2, 3, 2)] * 9), "rejected_labels")
+    make = dict(sft=SFTDataset, pair=PairDataset)[stage]
+    name = f"{prefix}_packed_{field}_document"
+    rows = [r.tolist() for r in IndexedReader(name)[:]]
+    rows[7][-1] = wrong
+    make(prefix, 8, vocab_size=200)
+    with IndexedWriter(name) as w: w.add_many(rows)
+    with pytest.raises(UserError, match=f"token id {wrong} in .*{field}_document; expected ids from 0 to 49"): make(prefix, 8, vocab_size=50)
 
 
 @pytest.mark.parametrize("multiple, fixed, width", [(1, None, 7), (8, None, 8), (16, None, 16), (8, 32, 32)])

@@ -263,6 +263,32 @@ def test_a_full_disk_is_one_sentence_and_the_work_goes_on_later(web, chats, shar
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("n_subs", [1, 2])
+def test_a_disk_that_is_full_anywhere(tok, tmp_path, n_subs):
+    "Every size at which the disk may refuse, over an older set of files: one sentence and the old set, or the whole new one; then the same command mends it."
+    chat = dict(instruction="q " * 40, input="", output="a " * 60)
+    rows = [json.dumps(chat)] * 40 + ["no row " * 40] * 60 # the list of bad rows is the longest file
+    (tmp_path / "x.jsonl").write_text("\n".join(rows))
+    cfg = dict(input=str(tmp_path / "x.jsonl"), output_prefix=str(tmp_path / "out"), tokenizer_name_or_path=tok, handler_name="AlpacaStyleInstructionHandler", on_bad_row="report", n_subs=n_subs)
+    new = {k: v for k, v in (finish(start(cfg)), outputs(tmp_path))[1].items() if not k.endswith(".jsonl")}
+    (tmp_path / "old.jsonl").write_text(json.dumps(dict(instruction="old", input="", output="one")))
+    finish(start(dict(cfg, input=str(tmp_path / "old.jsonl"))))
+    old, ended = outputs(tmp_path), []
+    sizes = sorted({0, 30, 300, 900, *(len(v) + d for v in new.values() for d in (-1, 0)), 10**6})
+    for limit in sizes:
+        p = start(cfg, limit=limit)
+        _, err = p.communicate(timeout=60)
+        now = {k: v for k, v in outputs(tmp_path).items() if not k.endswith(".jsonl")}
+        assert p.returncode in (0, 2) and "Traceback" not in err, (limit, err)
+        if p.returncode: assert "Cannot write" in err and err.strip().count("Cannot write") == 1, (limit, err)
+        assert now == (old if p.returncode and now == old else new), limit
+        ended.append(p.returncode)
+    assert ended[0] == 2 and ended[-1] == 0
+    finish(start(cfg))
+    assert {k: v for k, v in outputs(tmp_path).items() if not k.endswith(".jsonl")} == new and not [f for f in os.listdir(tmp_path) if f.startswith(".")]
+
+
+@pytest.mark.slow
 def test_another_command_or_other_data_starts_over(tok, tmp_path):
     (tmp_path / "x.txt").write_text("one two three\n" * 20_000)
     cfg = dict(input=str(tmp_path / "x.txt"), output_prefix=str(tmp_path / "out"), tokenizer_name_or_path=tok)
