@@ -91,10 +91,10 @@ def command(folder, text, tokenizer, *more):
 
 
 @pytest.mark.slow
-def test_torchrun_trains_saves_and_another_grid_goes_on(shapes, shared_data):
+def test_torchrun_trains_saves_and_another_grid_goes_on(shapes, samples):
     folder, text = shapes
-    tokenizer = shared_data / "tokenizers" / "smollm2"
-    if not tokenizer.exists(): pytest.skip(f"no tokenizer at {tokenizer}")
+    tokenizer = samples / "tokenizer"
+
     def train(n, save, *flags):
         launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n), "--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"] if n > 1 else [sys.executable]
         done = subprocess.run([str(x) for x in (*launcher, *command(folder, text, tokenizer, "--save", folder / save, *flags))], capture_output=True, text=True, timeout=600, cwd=ROOT)
