@@ -287,8 +287,8 @@ def test_two_trainings_do_not_share_a_folder(config):
     with RunDir(cfg.train.save).lock(), pytest.raises(UserError, match="only one"): training.run(cfg, json=True)
 
 
-def test_a_run_without_a_trained_token_keeps_the_batch(config, data, tmp_path):
-    "Every answer cut off by a mask: the run stops at step 1 and the batch lies in the run folder, readable."
+def test_data_without_a_learned_token_are_refused_on_opening(config, data, tmp_path):
+    "Every answer cut off by a mask: one sentence, before anything is written."
     from ascend_nb.indexed import IndexedReader, IndexedWriter
     for field in ("input_ids", "attention_mask", "labels"):
         r = IndexedReader(f"{data}/instruct_packed_{field}_document")
@@ -298,10 +298,8 @@ def test_a_run_without_a_trained_token_keeps_the_batch(config, data, tmp_path):
                 w.end_document()
     cfg = config("masked", "sft", data_=dict(data_path=[f"{tmp_path}/masked"], split="100,0,0"))
     with pytest.raises(UserError) as e: training.run(cfg, json=True)
-    assert "-100" in str(e.value)
-    kept = RunDir(cfg.train.save).path / "bad_batch" / "step_0000001.jsonl"
-    if kept.exists(): assert "⟦" not in kept.read_text(encoding="utf-8") and "user" in json.loads(kept.read_text(encoding="utf-8").splitlines()[0])["text"]
-    else: assert not Path(cfg.train.save).exists(), "found while reading the data, before anything was written"
+    assert e.value.key == "nothing_to_learn" and "no answer token" in str(e.value)
+    assert not Path(cfg.train.save).exists()
 
 
 def test_the_tokenizer_of_the_samples_is_the_one_that_is_saved(config, samples):
