@@ -30,7 +30,8 @@ test: dev  ## notebooks, tests, sync check and lint
 	$(BIN)/ruff check -q nbs tests bench .ci setup.py
 	$(BIN)/python .ci/nb.py sync
 	$(BIN)/nbdev-test --n-workers 2 --cell-timeout 600
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $$(ls tests/test_*.py | awk 'NR % 2') & half=$$!; \
+	$(BIN)/python -m pytest $$(ls tests/test_*.py | awk 'NR % 2 == 0'); code=$$?; wait $$half && exit $$code # two halves at once
 
 test-slow: dev  ## everything, the slow cells and tests too
 	$(BIN)/nbdev-test --n-workers 1 --cell-timeout 1800 --flags "slow data"
