@@ -21,11 +21,15 @@ from .core import UserError, atomic_dir, atomic_file, check_space, messages, ran
 FILE_BYTES = 256 * 2**20 # the writer holds one file in memory at a time
 
 def _files(tensors: dict) -> dict: # name -> number of the file, from 1
-    "Deal tensors to files of about FILE_BYTES, in order."
-    place, number, size = {}, 1, 0
-    for name, t in tensors.items():
-        if size and size + t.nbytes > FILE_BYTES: number, size = number + 1, 0
-        place[name], size = number, size + t.nbytes
+    "Deal tensors to files of about FILE_BYTES, in order. Processes that hold different tensors number them together."
+    place, number, size, sizes = {}, 1, 0, {k: t.nbytes for k, t in tensors.items()}
+    if dist.is_initialized():
+        every = [None] * dist.get_world_size()
+        dist.all_gather_object(every, sizes)
+        sizes = {k: n for some in every for k, n in some.items()}
+    for name, n in sizes.items():
+        if size and size + n > FILE_BYTES: number, size = number + 1, 0
+        place[name], size = number, size + n
     return place
 
 @contextmanager
@@ -58,7 +62,8 @@ def stored(
 
 def read_tensors(
     folder, # written by `write_tensors`
-    tensors: dict # name -> Tensor or DTensor to fill in place
+    tensors: dict, # name -> Tensor or DTensor to fill in place
+    alone: bool = False # only this process reads, whoever else there is
 ) -> None:
     "Fill tensors from a folder. Raises UserError where names or shapes do not fit."
     have = stored(folder)
@@ -66,7 +71,7 @@ def read_tensors(
     for k, t in tensors.items():
         if tuple(t.shape) != have[k][0]: raise UserError("step_shape", path=folder, name=k, got=have[k][0], want=tuple(t.shape))
     reader = dcp.HuggingFaceStorageReader(str(folder))
-    with _as_user_error(folder): dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+    with _as_user_error(folder): dcp.load(tensors, storage_reader=reader, no_dist=alone or not dist.is_initialized())
 
 messages(
     step_io=("Could not use {path}: {why}. Free some space or mend the disk; older steps are untouched.", "无法读写 {path}：{why}。请释放空间或修复磁盘；旧的检查点未受影响。"),
@@ -139,6 +144,25 @@ def _sha256_slow(f) -> str: # Python 3.10 has no file_digest
     while block := f.read(2**20): h.update(block)
     return h.hexdigest()
 
+@contextmanager
+def _one_dir(folder, replace):
+    "`atomic_dir` for all processes of a run: the first one makes and names it; an error of it is raised in all."
+    if not dist.is_initialized():
+        with atomic_dir(folder, replace) as tmp: yield tmp
+        return
+    box, made = [None], atomic_dir(folder, replace)
+    if dist.get_rank() == 0:
+        try: box = [(str(made.__enter__()), None)]
+        except UserError as e: box = [(None, (e.key, {k: str(v) for k, v in e.facts.items()}))]
+    dist.broadcast_object_list(box)
+    if box[0][1]: raise UserError(box[0][1][0], **box[0][1][1])
+    try: yield Path(box[0][0])
+    except BaseException as e:
+        if dist.get_rank() == 0: made.__exit__(type(e), e, e.__traceback__)
+        raise
+    if dist.get_rank() == 0: made.__exit__(None, None, None)
+    dist.barrier()
+
 def save_step(
     folder, # final name, e.g. RunDir(...).step_path(100); must not exist
     tensors: dict, # name -> Tensor
@@ -147,14 +171,16 @@ def save_step(
 ) -> Path: # the folder
     "Write one step atomically. Raises UserError if there is no room or the name is taken; then nothing is left behind."
     folder = Path(folder)
-    check_space(folder.parent, sum(t.nbytes for t in tensors.values()) + 2**20)
-    with atomic_dir(folder, replace) as tmp:
+    check_space(folder.parent, sum((t.to_local() if hasattr(t, "to_local") else t).nbytes for t in tensors.values()) + 2**20)
+    with _one_dir(folder, replace) as tmp:
         write_tensors(tmp, tensors)
+        if dist.is_initialized() and dist.get_rank(): return folder
         (tmp / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
         files = {p.name: dict(bytes=p.stat().st_size, sha256=_sha256(p)) for p in sorted(tmp.iterdir())}
         with atomic_file(tmp / "manifest.json") as f: json.dump(dict(format="ascend_nb step", version=1, files=files), f, indent=1)
     return folder
 
+# %% ../nbs/30_checkpoint.ipynb #ab0db76b
 def check_step(
     folder, # a saved step
     contents: bool = True # compare checksums too; False: names and sizes only, which is quick

@@ -87,7 +87,7 @@ def run_command(
     cfg = parse_args(cls, argv, prog)
     if show: print(dump_yaml(cfg), end=""); return 0
     out = getattr(importlib.import_module(f"ascend_nb.{cmd.module}"), cmd.run)(cfg, json=as_json)
-    if as_json: print(json.dumps(out, ensure_ascii=False, default=str))
+    if as_json and out: print(json.dumps(out, ensure_ascii=False, default=str)) # of many processes the first one has the result
     return out.get("exit_code", 0)
 
 # %% ../nbs/69_cli.ipynb #ca24d7e0
@@ -110,3 +110,6 @@ def main(
         if e.errno != errno.ENOSPC: traceback.print_exc(); return 1
         say(f"ascend_nb: {UserError('disk_full', path=e.filename or 'a file')}"); return 2
     except Exception: traceback.print_exc(); return 1
+
+# %% ../nbs/69_cli.ipynb #642ab8c7
+if __name__ == "__main__": sys.exit(main())

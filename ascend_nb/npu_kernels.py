@@ -44,12 +44,12 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        x, weight, rstd = ctx.saved_tensors
-        h, dtype = x.shape[-1], x.dtype
+        x, weight, rstd = ctx.saved_tensors # once: under recomputation they can be had no second time
+        h, dtype, shape = x.shape[-1], x.dtype, x.shape
         x, dy, w, r = (t.to(rstd.dtype).reshape(-1, t.shape[-1]) if t.dim() > 1 else t.to(rstd.dtype) for t in (x, dy, weight, rstd))
         p = dy * x
         dx = (dy * w).mul_(r).addcmul_(x, (p @ w)[:, None].mul_(r * r * r).div_(-h))
-        return dx.to(dtype).view(ctx.saved_tensors[0].shape), (r.t() @ p).view(-1).to(weight.dtype), None
+        return dx.to(dtype).view(shape), (r.t() @ p).view(-1).to(weight.dtype), None
 
 @kernel("rms_norm")
 def _(x, weight, eps):

@@ -157,11 +157,8 @@ class Loop:
         self.now = now = self.read_batches()
         self.call("before_step")
         now.lr = lr_at(self.step - self.skipped, self.cfg)
-        for batch in now.batches:
-            total, _ = self.loss_fn(self.model, batch.to(self.device))
-            self.weights.scaler.scale(total / now.targets).backward()
-            now.sums.append(total.detach())
-        now.loss = torch.stack(now.sums).sum() / now.targets
+        now.sums = self.compute(now)
+        now.loss = self.together(now.sums) / now.targets
         now.grad_norm = self.weights.clip(self.cfg.clip_grad)
         self.window.append(now)
         self.call("before_update")
@@ -172,12 +169,29 @@ class Loop:
         if self.logs_at(self.step): self.log()
         self.call("after_step")
 
-    def logs_at(self,
-        step: int # from 1
-    ) -> bool:
-        "Does this step get a row? Every log_interval-th, and those that validate, save or end."
-        c = self.cfg
-        return bool(self.stopped) or step == c.train_iters or any(k and step % k == 0 for k in (c.log_interval, c.eval_interval, c.save_interval))
+    def compute(self,
+        now: Step # its batches are read
+    ) -> list: # each micro-batch's sum of losses, 0-d tensors
+        "Forward and backward over the micro-batches."
+        for batch in now.batches:
+            total, _ = self.loss_fn(self.model, batch.to(self.device))
+            self.weights.scaler.scale(total / now.targets).backward()
+            now.sums.append(total.detach())
+        return now.sums
+
+
+
+# %% ../nbs/41_trainer.ipynb #aa7e40ca
+def _together(self: Loop, sums: list) -> Tensor: return torch.stack(sums).sum() # sums: of the micro-batches; the step's sum of losses, 0-d
+
+def _logs_at(self: Loop,
+    step: int # from 1
+) -> bool:
+    "Does this step get a row? Every log_interval-th, and those that validate, save or end."
+    c = self.cfg
+    return bool(self.stopped) or step == c.train_iters or any(k and step % k == 0 for k in (c.log_interval, c.eval_interval, c.save_interval))
+
+Loop.logs_at, Loop.together = _logs_at, _together
 
 # %% ../nbs/41_trainer.ipynb #4dabdd99
 class Trainer(Loop):
@@ -193,14 +207,17 @@ class Trainer(Loop):
         self.device_choice = pick_device(cfg.device)
         self.device = self.device_choice.value
         self.dtype_choice: Choice = pick_dtype(cfg.dtype, self.device)
-        self.accumulation = cfg.accumulation()
+        self.accumulation = cfg.accumulation(self.data_parallel_size())
         lr_at(0, cfg) # refuses an impossible warm-up now
         self.model, self.cfg, self.loader, self.loss_fn, self.valid_loader = model, cfg, loader, loss_fn, valid_loader
         self.callbacks = sorted(callbacks, key=lambda c: c.order)
-        self.weights = Weights(model, cfg, self.device, self.dtype_choice.value)
+        self.weights = self.make_weights()
         self.step, self.skipped, self.stopped = 0, 0, ""
         self.window, self.extra, self.row, self.rows, self.now = [], {}, {}, deque(maxlen=10_000), None
         self.valid_start = valid_loader and valid_loader.state_dict()
+
+    def data_parallel_size(self) -> int: return 1 # `parallel_trainer` knows more
+    def make_weights(self) -> Weights: return Weights(self.model, self.cfg, self.device, self.dtype_choice.value)
 
     def call(self,
         event: str, # a method of Callback

@@ -11,7 +11,6 @@ import json as jsonlib, signal
 from dataclasses import dataclass, replace
 from pathlib import Path
 from .blends import Loader, build_datasets, collate_for
-from .callbacks import usual
 from .checkpoint import RunDir
 from .config import ModelConfig, RunConfig
 from .core import UserError, check_space, messages, rank_info, say, seed_all
@@ -20,18 +19,15 @@ from .dcp_format import is_step, model_folder, open_step
 from .families import check_length, check_vocab, config_from_hf, config_to_hf
 from .hf_format import load_model, save_model
 from .losses import causal_lm_loss
+from .mesh import Mesh, Sizes
 from .model import Decoder
+from .parallel_trainer import ParallelTrainer
 from .prepared import prepared
 from .schema import load_yaml, save_yaml, to_dict
+from .spread import build_engine, crew, end, fit_grid, pad_unit, whole_model
 from .tokenizers import load_tokenizer
-from .trainer import Trainer
 
 # %% ../nbs/43_training.ipynb #e35baefa
-def _only_one_process(cfg: RunConfig) -> None:
-    sizes = {k: v for k, v in to_dict(cfg.parallel).items() if v != 1}
-    if sizes: raise UserError("one_process", found=", ".join(f"{k}={v}" for k, v in sizes.items()))
-    if (world := rank_info().world_size) != 1: raise UserError("one_process", found=f"{world} processes")
-
 def _shape(cfg: RunConfig, tokenizer) -> ModelConfig:
     "The model's config: that of `load`, or the section `model` with the tokenizer's vocabulary and special ids."
     m = cfg.model
@@ -49,7 +45,6 @@ def resolve(
     cfg: RunConfig # what the user asked for
 ) -> tuple: # (RunConfig with nothing left open, tokenizer or None)
     "Check a config against itself, its tokenizer and its model. Raises UserError; writes nothing."
-    _only_one_process(cfg)
     if not (cfg.data.data_path or cfg.data.train_data_path): raise UserError("no_data_path")
     path = cfg.data.tokenizer_name_or_path or cfg.train.load and model_folder(cfg.train.load)
     tokenizer = load_tokenizer(path) if path else None
@@ -60,8 +55,6 @@ def resolve(
     return replace(cfg, model=model, data=replace(cfg.data, tokenizer_name_or_path=str(path))), tokenizer
 
 messages(
-    one_process=("Found {found}; this version trains in one process. Set every parallel size to 1 and start without torchrun.",
-                 "发现 {found}；当前版本仅支持单进程训练。请将所有并行规模设为 1，且不要使用 torchrun 启动。"),
     other_shape=("The model in {load} has another shape than the section model asks for: {asked}. Leave those out, or leave out load to train a new model.",
                  "{load} 中的模型与 model 部分的设置不同：{asked}。请去掉这些设置；若要训练新模型，请去掉 load。"),
     no_vocab=("Found neither a tokenizer nor a vocab_size; expected one of them. Pass --tokenizer-name-or-path DIR.",
@@ -73,18 +66,19 @@ messages(
 # %% ../nbs/43_training.ipynb #1c7d54a7
 def loaders(
     cfg: RunConfig, # resolved
-    tokenizer=None # for the end-of-text token; None: the model's
+    tokenizer=None, # for the end-of-text token; None: the model's
+    mesh: Mesh | None = None # who reads what; None: one process
 ) -> dict: # "train" and perhaps "valid" -> Loader
     "The loaders of a run. Raises UserError for data that is not there, of another stage, too short, or outside the vocabulary."
-    t, d, rank = cfg.train, cfg.data, rank_info()
-    world = cfg.parallel.data_parallel_size(rank.world_size)
+    mesh = mesh or Mesh(Sizes())
+    t, d, world = cfg.train, replace(cfg.data, pad_to_multiple_of=pad_unit(cfg)), mesh.sizes.data
     want = dict(train=t.train_iters * t.micro_batch_size * world * t.accumulation(world), valid=t.eval_iters * t.micro_batch_size * world if t.eval_interval else 0)
     eod = tokenizer.eos_token_id if tokenizer is not None else next(iter(cfg.model.eos_token_id), None)
     sets = build_datasets(prepared(d, t.stage), t.stage, want, t.seed, cfg.model.vocab_size, eod)
     for name, n in want.items():
         if n and name not in sets: raise UserError("no_split", name=name, split=d.split)
     pad = [i for i in (cfg.model.pad_token_id, *cfg.model.eos_token_id, 0) if i is not None][0]
-    return {name: Loader(s, t.micro_batch_size, collate_for(d, t.stage, pad), rank=rank.rank, world=world) for name, s in sets.items()}
+    return {name: Loader(s, t.micro_batch_size, collate_for(d, t.stage, pad), rank=mesh.data, world=world) for name, s in sets.items()}
 
 messages(no_split=("Found no {name} samples with split={split}; expected some. Give that part of split (training,validation,test) more, or set eval_interval=0.",
                    "split={split} 下没有 {name} 样本。请增大 split（训练,验证,测试）中对应的部分，或设 eval_interval=0。"))
@@ -95,7 +89,10 @@ FREE |= {"data.data_cache_path", "data.no_shared_storage", "data.tokenizer_name_
 
 def _flat(cfg: RunConfig) -> dict:
     flat = {f"{s}.{k}": v for s, part in to_dict(cfg).items() for k, v in part.items()}
-    return {k: v for k, v in flat.items() if k not in FREE} | {"samples in a step": cfg.train.micro_batch_size * cfg.train.accumulation()}
+    world, size = rank_info().world_size, cfg.parallel.model_size
+    dp = max(1, world // size) # a run of a larger grid is read here too
+    kept = {k: v for k, v in flat.items() if k not in FREE and (not k.startswith("parallel.") or k.startswith("parallel.moe_"))} # any grid goes on with any run
+    return kept | {"samples in a step": cfg.train.global_batch_size or cfg.train.micro_batch_size * dp}
 
 def changed(
     old: RunConfig, # of the run folder
@@ -145,9 +142,10 @@ class Job:
     "A run that is built and checked, and has written nothing."
     cfg: RunConfig # resolved
     run: RunDir # where it will write
-    trainer: Trainer # ready to fit
+    trainer: ParallelTrainer # ready to fit
     tokenizer: object # or None
     begin: int | None # the step it goes on from
+    mesh: Mesh # this process in the grid
 
 def build(
     cfg: RunConfig, # what the user asked for
@@ -156,37 +154,44 @@ def build(
     "Build a run. Raises UserError for whatever is wrong with it; writes nothing."
     cfg, tokenizer = resolve(cfg)
     t, run = cfg.train, RunDir(cfg.train.save)
-    data = loaders(cfg, tokenizer)
-    begin = find_resume(run, cfg)
+    mesh = fit_grid(cfg)
+    data = loaders(cfg, tokenizer, mesh)
+    begin = mesh.share(lambda: find_resume(run, cfg))
     check_space(run.path, 16 * cfg.model.num_params()) # weights, two moments, the finished model
     seed_all(t.seed)
-    model = weights(t.load) if t.load else Decoder(cfg.model).init_weights(t.seed)
-    trainer = Trainer(model, t, data["train"], causal_lm_loss, [*usual(run, tokenizer), *callbacks], data.get("valid"))
+    trainer = ParallelTrainer(build_engine(cfg, mesh, weights), t, data["train"], causal_lm_loss, [*crew(run, tokenizer, mesh), *callbacks], data.get("valid"))
     if begin is not None: trainer.restore(run, begin, checked=True)
-    return Job(cfg, run, trainer, tokenizer, begin)
+    return Job(cfg, run, trainer, tokenizer, begin, mesh)
 
 # %% ../nbs/43_training.ipynb #35e545ca
 def describe(
     job: Job # built
 ) -> list: # lines for people
     "What was chosen, and why."
-    t, d, m, tr = job.cfg.train, job.cfg.data, job.cfg.model, job.trainer
-    samples, seen = len(tr.loader.dataset), t.train_iters * t.micro_batch_size * tr.accumulation
+    t, d, m, tr, dp = job.cfg.train, job.cfg.data, job.cfg.model, job.trainer, job.mesh.sizes.data
+    samples, seen = len(tr.loader.dataset), t.train_iters * t.micro_batch_size * tr.accumulation * dp
     tokens = f", up to {seen * d.seq_length:,} tokens" if t.stage == "sft" else f", {seen * d.seq_length:,} tokens"
     return [f"device    {tr.device_choice}", f"dtype     {tr.dtype_choice}",
             f"model     {m.model_type}, {m.num_params():,} parameters, {'from ' + t.load if t.load else f'new weights, seed {t.seed}'}",
             f"data      {' '.join(d.data_path or d.train_data_path)}: {samples:,} samples of {'at most ' if t.stage == 'sft' else ''}{d.seq_length} tokens",
-            f"step      {t.micro_batch_size} samples x {tr.accumulation} micro-batches = {t.micro_batch_size * tr.accumulation}",
+            *([f"grid      {job.mesh.sizes}"] if job.mesh.sizes.world > 1 else []),
+            f"step      {t.micro_batch_size} samples x {tr.accumulation} micro-batches{f' x {dp} data parallel' if dp > 1 else ''} = {t.micro_batch_size * tr.accumulation * dp}",
             f"length    {t.train_iters} steps, {seen:,} samples{tokens}; lr {t.lr:g}, {t.lr_decay_style}",
             f"run       {job.run.path}" + (f", going on from step {job.begin}" if job.begin else "")]
 
 # %% ../nbs/43_training.ipynb #7a5d1862
+def _help(job: Job) -> dict:
+    "What all processes but the first one do: train, and write nothing of their own."
+    if not (job.begin is not None and job.trainer.step >= job.cfg.train.train_iters): job.trainer.fit()
+    return {}
+
 def export(
     job: Job # whose training is done
 ) -> Path: # RUN/hf
     "Write the model as a folder that transformers opens."
     base = jsonlib.loads((model_folder(job.cfg.train.load) / "config.json").read_text(encoding="utf-8")) if job.cfg.train.load else None
-    return save_model(job.trainer.model, job.run.hf_path, job.tokenizer, base)
+    model = job.trainer.model if job.mesh.sizes.world == 1 else whole_model(job.run, job.trainer.step, job.cfg.model)
+    return save_model(model, job.run.hf_path, job.tokenizer, base)
 
 def result(
     job: Job, # trained
@@ -207,7 +212,15 @@ def run(
     json: bool = False # print nothing on stdout; the result is returned in any case
 ) -> dict: # see `result`
     "Train. Raises UserError for a user's mistake, before anything is written where that can be known."
+    try: out = _run(cfg, json)
+    except BaseException as e: end(e); raise
+    end(None)
+    return out
+
+# %% ../nbs/43_training.ipynb #4198805a
+def _run(cfg, json):
     job = build(cfg)
+    if not job.mesh.main: return _help(job)
     say(*describe(job), sep="\n")
     with job.run.lock():
         job.run.sweep()

@@ -1,0 +1,108 @@
+"""Parity is the specification: whatever the grid, loss and every gradient are those of one process."""
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from ascend_nb.config import ModelConfig, ParallelConfig
+from ascend_nb.core import UserError
+from ascend_nb.mesh import check, launch
+
+NAMES = dict(tp="tensor_model_parallel_size", pp="pipeline_model_parallel_size", cp="context_parallel_size", ep="expert_model_parallel_size", sp="sequence_parallel",
+             zero="zero_stage", fsdp="fsdp_size", vp="num_layers_per_virtual_pipeline_stage", algo="context_parallel_algo", degree="ulysses_degree_in_cp",
+             schedule="pipeline_schedule", layers="num_layer_list", factor="moe_expert_capacity_factor", pad="moe_pad_expert_input_to_capacity", z="moe_z_loss_coeff",
+             drop="moe_token_drop_policy", recompute="recompute_granularity", act="recompute_activation_function", swap="swap_attention")
+RING, HYBRID = dict(algo="megatron_cp_algo"), dict(algo="hybrid_cp_algo", degree=2)
+
+
+def case(shape, packed=False, kind="parity", steps=20, model=None, **kw):
+    return dict(shape=shape, packed=packed, kind=kind, steps=steps, model=model or {}, parallel={NAMES[k]: v for k, v in kw.items()})
+
+
+def run(cases, n, timeout=900):
+    "Every case in one world of n processes; what each process found."
+    outs = launch([ROOT / "tests" / "parallel_worker.py", json.dumps(cases)], n, timeout)
+    assert all(code == 0 for code, *_ in outs), "\n".join(err[-2500:] for code, _, err in outs if code)
+    rows = [[json.loads(x) for x in out.splitlines() if x.startswith("{")] for _, out, _ in outs]
+    assert all(len(r) == len(cases) for r in rows)
+    return rows
+
+
+def same(rows):
+    for of_rank in rows:
+        for r in of_rank:
+            assert "error" not in r, r
+            if r["case"]["kind"] == "curve": assert r["loss"] < 1e-4 and r["norm"] < 1e-3 and r["tokens"] == 0, r
+            else: assert max(r["loss"], r["grad"], r["norm"], r["valid"]) < 1e-5 and not r["missing"], r
+
+
+def test_the_useful_products_in_four_processes():
+    same(run([case("dense", tp=2, sp=True, pp=2), case("dense", cp=2, packed=True, zero=3, **RING), case("moe", tp=2, ep=2, sp=True),
+              case("mla", tp=2, cp=2), case("dense", kind="curve", tp=2, steps=20)], 4))
+
+
+MATRIX = {
+    "tp": (4, [case(s, tp=2, sp=sp) for s in ("llama", "gpt2", "gemma", "bloom", "moe", "mla") for sp in (False, True)] + [case("gpt2", tp=4, sp=True)]),
+    "fsdp": (4, [case(s, zero=z) for s, z in (("dense", 0), ("dense", 1), ("moe", 2), ("mla", 3))] + [case("llama", fsdp=2, zero=3), case("dense", tp=2, zero=2)]),
+    "pp": (4, [case("dense", pp=4), case("dense", pp=2, layers="1,3", tp=2), case("llama", pp=2, vp=1, tp=2, sp=True), case("llama", pp=2, vp=1, schedule="interleaved-zb"),
+               case("llama", pp=2, schedule="zbv"), case("dense", pp=4, schedule="gpipe"), case("moe", pp=2, zero=1), case("mla", pp=2, packed=True), case("gemma", pp=2, tp=2)]),
+    "cp": (4, [case("dense", cp=4, packed=k, **a) for k in (False, True) for a in ({}, RING, HYBRID)] + [case("moe", cp=2, **RING), case("mla", cp=4, **RING),
+               case("dense", cp=2, pp=2, packed=True), case("mla", cp=4, packed=True), case("dense", cp=2, model=dict(sliding_window=5), **RING)]),
+    "ep": (4, [case("moe", ep=4, zero=3, z=.001, model=dict(router_aux_loss_coef=.01)), case("moe", ep=2, tp=2, z=.001, model=dict(router_aux_loss_coef=.01)),
+               case("moe", ep=2, cp=2, z=.001, model=dict(router_aux_loss_coef=.01)), case("moe", ep=2, factor=.7), case("moe", ep=4, factor=.7, pad=True, drop="position"),
+               case("mla", ep=2, pp=2), case("mla", ep=4)]),
+    "memory": (4, [case("dense", recompute="full", tp=2, sp=True, zero=3), case("moe", recompute="selective", act=True, ep=2, model=dict(router_aux_loss_coef=.01)), case("dense", recompute="full", pp=2, swap=True)]),
+    "curves": (4, [case(s, kind="curve", **kw) for s, kw in (("dense", dict(tp=2, sp=True, zero=3)), ("dense", dict(pp=2, tp=2)), ("moe", dict(ep=2, tp=2)), ("mla", dict(cp=2, pp=2)))]),
+    "eight": (8, [case("llama", tp=2, pp=2, cp=2, sp=True, vp=1), case("moe", tp=2, cp=2, ep=4, zero=3, **RING), case("mla", tp=2, pp=2, ep=2, sp=True), case("dense", tp=2, fsdp=2, zero=3)]),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MATRIX)
+def test_matrix(name):
+    n, cases = MATRIX[name]
+    same(run(cases, n))
+
+
+def test_what_does_not_fit_is_one_sentence():
+    m = ModelConfig(vocab_size=97, hidden_size=48, num_attention_heads=6, num_key_value_heads=3, num_hidden_layers=5, num_experts=3, num_experts_per_tok=1, moe_intermediate_size=10)
+    for kw, world, words in ((dict(tp=2), 2, ("num_key_value_heads = 3", "vocab_size = 97")), (dict(pp=2), 2, ("num_hidden_layers = 5",)), (dict(ep=2), 2, ("num_experts = 3",)),
+                             (dict(cp=4), 4, ("num_attention_heads = 6", "seq_length = 30")), (dict(cp=2, **RING), 2, ("seq_length = 30 is not divisible by 2 x cp = 4",)),
+                             (dict(pp=2, layers="2,2"), 2, ("num_layer_list has 2 stages of 4 layers",)), (dict(ep=4), 2, ("expert_model_parallel_size = 4",))):
+        with pytest.raises(UserError) as e: check(ParallelConfig(**{NAMES[k]: v for k, v in kw.items()}), world, model=m, seq_length=30)
+        assert all(w in str(e.value) for w in words) and "\n" not in str(e.value), str(e.value)
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory, samples):
+    "A small run's files: raw text and its flags."
+    folder = tmp_path_factory.mktemp("run")
+    text = folder / "text.jsonl"
+    text.write_text("\n".join(json.dumps({"text": f"Line {i} tells of {i * i} and {i % 7} things that no one has counted before." * 3}) for i in range(200)))
+    return folder, text
+
+
+def command(folder, text, tokenizer, *more):
+    return ["-m", "ascend_nb.cli", "train", "--data-path", text, "--tokenizer-name-or-path", tokenizer, "--handler-name", "GeneralPretrainHandler", "--hidden-size", "32", "--num-hidden-layers", "2",
+            "--num-attention-heads", "4", "--num-key-value-heads", "2", "--seq-length", "32", "--micro-batch-size", "2", "--global-batch-size", "8", "--lr", "1e-3", "--device", "cpu",
+            "--data-cache-path", folder / "cache", "--json", *more]
+
+
+@pytest.mark.slow
+def test_torchrun_trains_saves_and_another_grid_goes_on(shapes, samples):
+    folder, text = shapes
+    tokenizer = samples / "tokenizer"
+
+    def train(n, save, *flags):
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n), "--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"] if n > 1 else [sys.executable]
+        done = subprocess.run([str(x) for x in (*launcher, *command(folder, text, tokenizer, "--save", folder / save, *flags))], capture_output=True, text=True, timeout=600, cwd=ROOT)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return [r for r in map(json.loads, (folder / save / "metrics.jsonl").read_text().splitlines()) if "loss" in r]
+    one = train(1, "one", "--train-iters", "8")
+    train(4, "four", "--train-iters", "4", "--lr-decay-iters", "8", "--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2", "--sequence-parallel")
+    assert (folder / "four" / "hf" / "model.safetensors").exists()
+    both = train(2, "four", "--train-iters", "8", "--resume", "must", "--lr-decay-iters", "8", "--zero-stage", "3")
+    assert [r["step"] for r in both] == list(range(1, 9))
+    assert max(abs(a["loss"] - b["loss"]) for a, b in zip(one, both, strict=True)) < 1e-4
