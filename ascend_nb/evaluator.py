@@ -111,7 +111,7 @@ def forward_rows(
     asks = torch.tensor([(b, len(r.ids) - start - len(cont) + j, token, i) for b, r in enumerate(rows)
                          for i, cont in r.asks for j, token in enumerate(cont)], device=weight.device)
     for b, t, token, i in (part.T for part in asks.split(HEAD_ROWS)):
-        logp = F.linear(h[b, t], weight).float().log_softmax(-1)
+        logp = model.logits(h[b, t], weight).float().log_softmax(-1)
         got = torch.stack((logp.gather(1, token[:, None])[:, 0], (logp.argmax(-1) != token).float()), 1)
         out.index_add_(0, i.cpu(), got.cpu().double())
 

@@ -17,7 +17,7 @@ from .config import GenerateConfig, SampleConfig
 from .core import UserError, in_notebook, messages, phrase, pick_device, pick_dtype, say
 from .families import max_length
 from .hf_format import load_model
-from .model import Decoder, KVCache, linear
+from .model import Decoder, KVCache
 from .schema import coerce, knobs
 from .templates import PROMPT_TYPES, encode_prompt, prompt_name
 from .tokenizers import Tokenizer, load_tokenizer
@@ -92,7 +92,7 @@ def next_ids(
     for _ in range(room):
         x = torch.tensor([new], device=head.device)
         h = model.hidden(x, cache=memory.kv)[:, -1] # (1,H)
-        new = [choose(linear(h, head)[0], cfg, generator)]
+        new = [choose(model.logits(h, head)[0], cfg, generator)]
         memory.ids.append(new[0])
         yield new[0]
 

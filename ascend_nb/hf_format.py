@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SAFE', 'BIN', 'DTYPES', 'OURS', 'SafeFile', 'write_safetensors', 'BinFile', 'Weights', 'open_weights', 'load_model',
-           'save_model']
+           'Packed', 'save_model']
 
 # %% ../nbs/31_hf_format.ipynb #1408f30e
 import json, math, os, struct, zipfile
@@ -17,6 +17,7 @@ from torch import Tensor
 from .core import Progress, UserError, atomic_dir, check_space, human_bytes, messages
 from .families import config_from_hf, config_to_hf, read_config, read_json
 from .model import Decoder
+from .names import RULES, Entry, canonical_shapes, hf_entries, hf_shape, may_lack, optional_hf, part_shape
 
 # %% ../nbs/31_hf_format.ipynb #5454417d
 SAFE, BIN = "model.safetensors", "pytorch_model.bin"
@@ -66,7 +67,7 @@ class SafeFile:
 # %% ../nbs/31_hf_format.ipynb #da2c685b
 def write_safetensors(
     path, # the file
-    tensors: dict, # name -> Tensor, on any device; one at a time is brought to the CPU
+    tensors: dict, # name -> Tensor, on any device, or Packed; one at a time is brought to the CPU
     done=lambda n: None # called with the bytes of each tensor that is written
 ) -> None:
     "Write a safetensors file without a second copy of the tensors, in the library's order and layout."
@@ -75,7 +76,7 @@ def write_safetensors(
     header = {"__metadata__": {"format": "pt"}}
     for k in order:
         t = tensors[k]
-        header[k] = dict(dtype=names[t.dtype], shape=list(t.shape), data_offsets=[at, at := at + t.numel() * t.element_size()])
+        header[k] = dict(dtype=names[t.dtype], shape=list(t.shape), data_offsets=[at, at := at + math.prod(t.shape) * t.dtype.itemsize])
     head = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     head += b" " * (-len(head) % 8)
     with open(path, "wb") as f:
@@ -148,29 +149,43 @@ messages(
                   "{folder} 中的 lm_head.weight 与词嵌入不同，而 config.json 指定了 tie_word_embeddings。请在 config.json 中将其设为 false。"),
 )
 
-def _compare(folder, want, weights, tied): # want: name -> shape; raises UserError for any difference
-    head = "lm_head.weight"
-    may = {k for k in weights if k.endswith("rotary_emb.inv_freq") or (tied and k == head)}
+def _find(cfg, entries, weights): # name by `names` -> name in the file: a prefix may be missing
+    short = may_lack(cfg)
+    found = {e.hf: next((k for k in (e.hf, e.hf.removeprefix(short)) if k in weights), e.hf) for e in entries}
+    may = [p for o in optional_hf(cfg) for p in {o, o.removeprefix(short)}]
+    return found, {k for k in set(weights) - set(found.values()) if any(fnmatch(k, p) for p in may)}
+
+def _compare(folder, cfg, entries, weights, found, may): # raises UserError for any difference
+    shapes, head = canonical_shapes(cfg), "lm_head.weight"
+    want = {found[e.hf]: hf_shape(e, cfg, shapes) for e in entries}
     missing, extra = set(want) - set(weights), set(weights) - set(want) - may
     wrong = [f"{k} {list(weights.shape(k))}, by the config {list(s)}" for k, s in want.items() if k in weights and weights.shape(k) != s]
     if missing or extra or wrong:
         raise UserError("weights_mismatch", folder=folder, missing=_names(missing), extra=_names(extra), wrong=_names(wrong))
-    if tied and head in weights and not torch.equal(weights[head], weights["model.embed_tokens.weight"]):
-        raise UserError("tied_differs", folder=folder)
+    embed = next(found[e.hf] for e in entries if e.parts[0].name == "model.embed_tokens.weight")
+    if head in may and not torch.equal(weights[head], weights[embed]): raise UserError("tied_differs", folder=folder)
+
+def _place(state, entry, tensor, shapes): # a file's tensor into our tensors, each with memory of its own
+    for part, view in zip(entry.parts, RULES[entry.rule].split(tensor, [part_shape(p, shapes) for p in entry.parts])):
+        if part.index is not None:
+            if part.name not in state: state[part.name] = tensor.new_empty(shapes[part.name])
+            state[part.name][part.index] = view
+        else: state[part.name] = view if entry.rule == "copy" else view.reshape(part_shape(part, shapes)).clone(memory_format=torch.contiguous_format)
 
 def load_model(
-    folder, # a model folder of a family in `families.FAMILIES`
+    folder, # a model folder of a family in `family_table.FAMILIES`
     device="cpu", # where the weights go; they arrive one by one
     dtype: torch.dtype = torch.float32 # the number format to compute in, whatever is stored
 ) -> Decoder: # in eval mode
     "Load a model with one copy of its weights in memory. Raises UserError unless config and weights fit each other exactly."
     cfg, weights = config_from_hf(folder), open_weights(folder)
     with torch.device("meta"): model = Decoder(cfg)
-    want, state = {k: tuple(p.shape) for k, p in model.state_dict().items()}, {}
-    _compare(folder, want, weights, cfg.tie_word_embeddings)
-    with Progress(len(want), "Loading weights", quiet=cfg.num_params() < 10**9) as bar:
-        for k in want:
-            state[k] = weights[k].to(device=device, dtype=dtype)
+    entries, shapes, state = hf_entries(cfg), canonical_shapes(cfg), {}
+    found, may = _find(cfg, entries, weights)
+    _compare(folder, cfg, entries, weights, found, may)
+    with Progress(len(entries), "Loading weights", quiet=cfg.num_params() < 10**9) as bar:
+        for e in entries:
+            _place(state, e, weights[found[e.hf]].to(device=device, dtype=dtype), shapes)
             bar.update()
     model.load_state_dict(state, assign=True)
     return model.eval()
@@ -187,10 +202,12 @@ def _replaceable(folder): # raise UserError where saving would delete files that
     other = [name for name in found if folder.is_file() or not any(fnmatch(name, o) for o in OURS)]
     if other: raise UserError("not_ours", path=folder, names=_names(other))
 
+def _bytes(t): return math.prod(t.shape) * t.dtype.itemsize
+
 def _split(state, most): # file name -> {name: Tensor}, in order, none above `most` bytes unless one tensor is
     shards, size = [{}], 0
     for k, t in state.items():
-        n = t.numel() * t.element_size()
+        n = _bytes(t)
         if shards[-1] and size + n > most: shards, size = [*shards, {}], 0
         shards[-1][k], size = t, size + n
     if len(shards) == 1: return {SAFE: shards[0]}
@@ -199,16 +216,34 @@ def _split(state, most): # file name -> {name: Tensor}, in order, none above `mo
 def _write_json(path, d): path.write_text(json.dumps(d, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 # %% ../nbs/31_hf_format.ipynb #a7db9b49
+class Packed:
+    "A file's tensor that is put together of ours when it is asked for."
+    def __init__(self,
+        entry: Entry, # how
+        parts: list, # our tensors, in order
+        shape: tuple # of the whole
+    ):
+        self.entry, self.parts, self.shape, self.dtype = entry, parts, shape, parts[0].dtype
+    def detach(self) -> Tensor: return RULES[self.entry.rule].join([p.detach() for p in self.parts])
+
+def _hf_state(model): # name in the file -> Tensor, or Packed
+    state, shapes, out = model.state_dict(), canonical_shapes(model.cfg), {}
+    for e in hf_entries(model.cfg):
+        parts = [state[p.name] if p.index is None else state[p.name][p.index] for p in e.parts]
+        out[e.hf] = parts[0] if e.rule == "copy" else Packed(e, parts, hf_shape(e, model.cfg, shapes))
+    return out
+
+# %% ../nbs/31_hf_format.ipynb #8720f3b8
 def save_model(
-    model: Decoder, # anything with `.cfg` and a state_dict in Hugging Face's names
+    model: Decoder, # anything with `.cfg` and a state_dict in canonical names
     folder, # new, or with an earlier model, which is replaced
     tokenizer=None, # its files are put beside the model
     base_config=None, # config.json or folder of the model that this one came from: keys without effect on the numbers are kept
     max_shard_bytes: int = 5 * 10**9 # a larger model is cut into files of at most this size; transformers' old default
 ) -> Path: # the folder
     "Save a model so that transformers opens it. Raises UserError where the disk is too full or the folder holds other files."
-    state, folder = model.state_dict(), Path(folder)
-    files, size = _split(state, max_shard_bytes), sum(t.numel() * t.element_size() for t in state.values())
+    state, folder = _hf_state(model), Path(folder)
+    files, size = _split(state, max_shard_bytes), sum(map(_bytes, state.values()))
     _replaceable(folder)
     check_space(folder, size + 2**24) # and 16 MiB for the tokenizer and the rest
     hf = config_to_hf(model.cfg, base_config and read_config(base_config), str(next(iter(state.values())).dtype).removeprefix("torch."))

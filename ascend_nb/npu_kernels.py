@@ -278,20 +278,20 @@ def cross_entropy(
 class _LinearCE(torch.autograd.Function):
     "Head and loss in one: a block of logits becomes its own gradient in place, and two GEMMs use it up at once."
     @staticmethod
-    def forward(ctx, hidden, weight, labels, rows):
+    def forward(ctx, hidden, weight, labels, rows, cap):
         ctx.save_for_backward(hidden, weight, labels)
-        ctx.rows, ctx.need = rows, ctx.needs_input_grad[:2]
-        loss, *ctx.grads = _linear_ce(hidden, weight, labels, rows, *ctx.need)
+        ctx.how, ctx.need = (rows, cap), ctx.needs_input_grad[:2]
+        loss, *ctx.grads = _linear_ce(hidden, weight, labels, *ctx.how, *ctx.need)
         return loss
 
     @staticmethod
     def backward(ctx, scale):
-        grads = ctx.grads or _linear_ce(*ctx.saved_tensors, ctx.rows, *ctx.need)[1:] # a second backward makes them again
+        grads = ctx.grads or _linear_ce(*ctx.saved_tensors, *ctx.how, *ctx.need)[1:] # a second backward makes them again
         ctx.grads = None
-        return *(None if g is None else g.mul_(scale) for g in grads), None, None
+        return *(None if g is None else g.mul_(scale) for g in grads), None, None, None
 
 # %% ../nbs/20_npu_kernels.ipynb #fa82bf02
-def _linear_ce(hidden, weight, labels, rows, need_h, need_w):
+def _linear_ce(hidden, weight, labels, rows, cap, need_h, need_w):
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     loss = hidden.new_zeros((), dtype=wide)
     dh = torch.empty_like(hidden) if need_h else None
@@ -299,28 +299,31 @@ def _linear_ce(hidden, weight, labels, rows, need_h, need_w):
     block = hidden.new_empty(min(rows, len(labels)), weight.shape[0])
     for h, y, d in zip(hidden.split(rows), labels[:, None].split(rows), (hidden if dh is None else dh).split(rows)):
         z = torch.mm(h, weight.t(), out=block[:len(h)]).to(wide)
+        if cap: bent = z.div_(cap).tanh_().clone(); z.mul_(cap) # the slope of c·tanh(z/c) is 1 - tanh²
         top, at_label = z.amax(-1, keepdim=True), z.gather(1, y)
         torch.softmax(z, -1, out=z)
         loss += (top - z.amax(-1, keepdim=True).log_() - at_label).sum() # logsumexp = max z - log(max p)
-        g = z.scatter_add_(1, y, torch.full_like(top, -1)).to(hidden.dtype)
+        g = z.scatter_add_(1, y, torch.full_like(top, -1))
+        g = (g if not cap else g.mul_(bent.square_().neg_().add_(1))).to(hidden.dtype)
         if need_h: torch.mm(g, weight, out=d)
         if need_w: dw.addmm_(g.t(), h) if h.dtype == wide else dw.add_(g.t() @ h)
     return loss, dh, dw.to(weight.dtype) if need_w else None
 
 @kernel("linear_cross_entropy")
-def _(hidden, weight, labels, rows):
+def _(hidden, weight, labels, rows, cap):
     keep = labels != -100
     if not bool(keep.all()): hidden, labels = hidden[keep], labels[keep]
-    return _LinearCE.apply(hidden, weight, labels, rows), len(labels)
+    return _LinearCE.apply(hidden, weight, labels, rows, cap), len(labels)
 
 def linear_cross_entropy(
     hidden: Tensor, # (T, H)
     weight: Tensor, # (V, H)
     labels: Tensor, # (T,) int64; -100 is left out
-    rows: int = 256 # tokens whose logits exist at a time
+    rows: int = 256, # tokens whose logits exist at a time
+    cap: float | None = None # logits become cap·tanh(logit/cap) first (Gemma 2); none: as they are
 ) -> tuple[Tensor, int]: # sum of -log p(label) in fp32, and how many labels count
     "cross_entropy(hidden @ weight.T, labels) without ever holding all logits; gradients are made on the way."
-    return pick("linear_cross_entropy", hidden)(hidden, weight, labels, rows)
+    return pick("linear_cross_entropy", hidden)(hidden, weight, labels, rows, cap)
 
 # %% ../nbs/20_npu_kernels.ipynb #e058065f
 class NpuAdamW(torch.optim.Optimizer):

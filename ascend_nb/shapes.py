@@ -94,6 +94,7 @@ class ModelConfig(ShapeConfig):
     def __post_init__(self):
         self._reasons = {}
         self._derive("num_key_value_heads", self.num_attention_heads, "as many as query heads")
+        if self.kv_lora_rank: self._derive("head_dim", self.qk_rope_head_dim, "qk_rope_head_dim, as transformers has it")
         self._derive("head_dim", self.hidden_size // self.num_attention_heads, "hidden_size / num_attention_heads")
         self._derive("intermediate_size", 32 * math.ceil(self.hidden_size * 8 / 3 / 32), "8/3 of hidden_size, rounded up to 32")
         if isinstance(self.eos_token_id, int): self.eos_token_id = [self.eos_token_id]
