@@ -11,7 +11,7 @@ import json
 from dataclasses import fields
 from pathlib import Path
 from .core import UserError, messages
-from .family_table import FAMILIES, family
+from .sparse_table import FAMILIES, family
 from .schema import from_dict
 from .shapes import ModelConfig
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from math import prod
 from .core import UserError, messages
-from .family_table import family
+from .sparse_table import family
 from .shapes import ModelConfig
 
 # %% ../nbs/21a_names.ipynb #e4f56558
@@ -167,7 +167,7 @@ def optional_hf(
     "Names that a file may have without meaning: tables of rotary positions, masks, a tied head."
     row = family(cfg.model_type)
     heads = [line.split()[0] for line in row.names.splitlines() if line.split()[-1] == "lm_head"] or ["lm_head"]
-    return ["*rotary_emb.inv_freq", *row.optional.split(), *([f"{heads[0]}.weight"] if cfg.tie_word_embeddings else [])]
+    return ["*rotary_emb.inv_freq", *row.optional.replace("{L}", str(cfg.num_hidden_layers)).split(), *([f"{heads[0]}.weight"] if cfg.tie_word_embeddings else [])]
 
 def may_lack(
     cfg: ModelConfig # the model

@@ -151,7 +151,7 @@ def _ends(cu_seqlens, B, S): return sorted({*cu_seqlens.tolist(), *range(0, B * 
 @kernel("attention")
 def _attention(q, k, v, causal, window, cu_seqlens, scale):
     "scaled_dot_product_attention; a mask only where is_causal cannot say it"
-    B, N, Sq, D = q.shape
+    B, N, Sq, _ = q.shape
     gqa = dict(scale=scale, enable_gqa=N != k.shape[1])
     if cu_seqlens is None and (not causal or Sq == 1 or Sq == k.shape[2] and not window):
         if window: k, v = k[:, :, -window:], v[:, :, -window:]
@@ -161,7 +161,7 @@ def _attention(q, k, v, causal, window, cu_seqlens, scale):
     doc = torch.searchsorted(ends, torch.arange(B * Sq, device=q.device), right=True)
     seen = doc[:, None] == doc if not causal else (doc[:, None] == doc) & ~_hidden(B * Sq, B * Sq, window, q.device)
     out = F.scaled_dot_product_attention(_flat(q), _flat(k), _flat(v), seen, **gqa)
-    return out.transpose(1, 2).reshape(B, Sq, N, D).transpose(1, 2)
+    return out.transpose(1, 2).reshape(B, Sq, N, -1).transpose(1, 2)
 
 # %% ../nbs/20_npu_kernels.ipynb #ef888880
 BLOCK = 64 # queries at a time on a CPU
@@ -192,12 +192,12 @@ class _BlockAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, plan, window, scale):
         B, N, S, D = q.shape; K = k.shape[1]
-        q5, k3, v3 = q.unflatten(1, (K, N // K)), k.reshape(B * K, -1, D), v.reshape(B * K, -1, D)
-        out = q.new_empty(B, S, N, D).transpose(1, 2); o5 = out.unflatten(1, (K, N // K))
+        q5, k3, v3 = q.unflatten(1, (K, N // K)), k.reshape(B * K, -1, D), v.reshape(B * K, -1, v.shape[-1])
+        out = q.new_empty(B, S, N, v.shape[-1]).transpose(1, 2); o5 = out.unflatten(1, (K, N // K))
         for a, b, lo, hi in plan:
             x = (q5[..., a:b, :] * scale).reshape(B * K, -1, D)
             p = _probs(x, k3.transpose(1, 2), a, b, lo, hi, window)
-            o5[..., a:b, :] = torch.bmm(p, v3[:, lo:hi]).view(B, K, -1, b - a, D)
+            o5[..., a:b, :] = torch.bmm(p, v3[:, lo:hi]).view(B, K, -1, b - a, v.shape[-1])
         ctx.save_for_backward(q, k3, v3); ctx.args = plan, window, scale
         return out
 
@@ -208,33 +208,34 @@ class _BlockAttention(torch.autograd.Function):
         dq, dk, dv = q.new_empty(B, S, N, D).transpose(1, 2), torch.zeros_like(k), torch.zeros_like(v)
         q5, do5, dq5 = (t.unflatten(1, (K, N // K)) for t in (q, do, dq))
         for a, b, lo, hi in plan:
-            x, d = (q5[..., a:b, :] * scale).reshape(B * K, -1, D), do5[..., a:b, :].reshape(B * K, -1, D)
+            x, d = (q5[..., a:b, :] * scale).reshape(B * K, -1, D), do5[..., a:b, :].reshape(B * K, -1, v.shape[-1])
             p = _probs(x, k.transpose(1, 2), a, b, lo, hi, window)
             dv[:, lo:hi].baddbmm_(p.transpose(1, 2), d)
             ds = torch.bmm(d, v[:, lo:hi].transpose(1, 2))
             torch.ops.aten._softmax_backward_data.out(ds, p, -1, p.dtype, grad_input=ds)
             torch.mul(torch.bmm(ds, k[:, lo:hi]).view(B, K, -1, b - a, D), scale, out=dq5[..., a:b, :])
             dk[:, lo:hi].baddbmm_(ds.transpose(1, 2), x)
-        return dq, dk.view(B, K, -1, D), dv.view(B, K, -1, D), None, None, None
+        return dq, dk.view(B, K, -1, D), dv.view(B, K, -1, v.shape[-1]), None, None, None
 
 # %% ../nbs/20_npu_kernels.ipynb #949cdc0a
 @kernel("attention", "cpu")
 def _attention_cpu(q, k, v, causal, window, cu_seqlens, scale):
     "blocks of queries, each against the keys it can see: two thirds of SDPA's time at 256 tokens"
-    B, N, S, D = q.shape
+    B, N, S, _ = q.shape
     if S == 1 or not causal or q.dtype in (torch.bfloat16, torch.float16): return _attention(q, k, v, causal, window, cu_seqlens, scale)
     if cu_seqlens is None: return _BlockAttention.apply(q, k, v, _plan([S], k.shape[2], window), window, scale)
     plan = _plan(_ends(cu_seqlens, B, S), B * S, window)
     out = _BlockAttention.apply(_flat(q), _flat(k), _flat(v), plan, window, scale)
-    return out.transpose(1, 2).view(B, S, N, D).transpose(1, 2)
+    return out.transpose(1, 2).view(B, S, N, -1).transpose(1, 2)
 
 # %% ../nbs/20_npu_kernels.ipynb #aaa3a876
 @lru_cache(maxsize=8)
 def _mask_2048(device): return torch.ones(2048, 2048, dtype=torch.bool, device=device).triu_(1)
 
 @kernel("attention", "npu")
-def _(q, k, v, causal, window, cu_seqlens, scale):
+def _attention_npu(q, k, v, causal, window, cu_seqlens, scale):
     B, N, S, D = q.shape
+    if (short := D - v.shape[-1]) > 0: return _attention_npu(q, k, F.pad(v, (0, short)), causal, window, cu_seqlens, scale)[..., :-short]
     if window and S == 1: k, v = k[:, :, -window:], v[:, :, -window:]
     how = dict(scale=scale)
     if causal and S > 1:
@@ -250,13 +251,13 @@ def _(q, k, v, causal, window, cu_seqlens, scale):
 def attention(
     q: Tensor, # (B, N, Sq, D)
     k: Tensor, # (B, K, Sk, D), not repeated; N is a multiple of K
-    v: Tensor, # (B, K, Sk, D)
+    v: Tensor, # (B, K, Sk, Dv); Dv is D but for latent attention
     *,
     causal: bool = True, # a query sees no later key; queries are the last Sq of the Sk positions
     window: int | None = None, # a query sees itself and window-1 keys before it; none: all
     cu_seqlens: Tensor | None = None, # (documents+1,) int32, starts of packed documents in the B·S tokens, 0 first and B·S last
     scale: float | None = None # factor of q·k; none: 1/sqrt(D)
-) -> Tensor: # (B, N, Sq, D)
+) -> Tensor: # (B, N, Sq, Dv)
     "softmax(scale · q kᵀ + mask) v with grouped key/value heads (Ainslie et al. 2023)."
     return pick("attention", q)(q, k, v, causal, window, cu_seqlens, q.shape[-1] ** -.5 if scale is None else scale)
 

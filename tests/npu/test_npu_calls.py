@@ -134,6 +134,12 @@ def test_attention(S, Sk, window, cu):
     assert off("attention", True, window, cu, 8 ** -.5, tensors=[R(2, 4, S, 8), R(2, 2, Sk, 8), R(2, 2, Sk, 8) + 1]) < 1e-5
 
 
+@pytest.mark.parametrize("cu", [None, [0, 5, 12]])
+def test_attention_with_small_values(cu): # latent attention
+    cu = None if cu is None else torch.tensor(cu, dtype=torch.int32)
+    assert off("attention", True, None, cu, 8 ** -.5, tensors=[R(1, 4, 12, 8), R(1, 4, 12, 8), R(1, 4, 12, 6) + 1]) < 1e-5
+
+
 def test_adamw():
     ps = [torch.nn.Parameter(R(6)) for _ in range(2)]
     opts = [KERNELS["adamw"][c]([dict(params=[p], weight_decay=.1)], lr=.01, betas=(.9, .95), eps=1e-8) for c, p in zip(("npu", "torch"), ps, strict=True)]
