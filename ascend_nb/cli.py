@@ -8,7 +8,7 @@ __all__ = ['GROUPS', 'COMMANDS', 'Command', 'overview', 'run_command', 'main']
 # %% ../nbs/69_cli.ipynb #e30c9b4c
 import errno, importlib, json, os, sys, traceback
 from typing import NamedTuple
-from .core import UserError, lang, messages, say
+from .core import UserError, did_you_mean, lang, messages, say
 from .schema import dump_yaml, nearest, parse_args, parser
 
 # %% ../nbs/69_cli.ipynb #8abbebef
@@ -31,6 +31,7 @@ COMMANDS = {
     "data show": Command("inspect_data", "ShowConfig", "a sample as the model sees it, coloured by what is learned", "按是否学习着色显示模型看到的样本", "run_show"),
     "data report": Command("inspect_data", "ReportConfig", "tokens, lengths and packing of what preprocessing wrote", "预处理结果的词元数、长度与打包情况", "run_report"),
     "train": Command("training", "RunConfig", "pretrain or fine-tune, from a YAML file or flags", "预训练或全参微调，配置来自 YAML 或命令行"),
+    "convert": Command("convert", "ModelLinkConvertConfig", "weights between Hugging Face, Megatron legacy and core, cut for any parallel sizes", "在 Hugging Face、Megatron legacy 与 core 之间转换权重，支持任意并行切分"),
     "generate": Command("generate", "GenerateConfig", "continue a text, streaming", "流式续写文本"),
     "chat": Command("chat", "ChatConfig", "talk with a model", "人机对话"),
     "evaluate": Command("evaluator", "EvalConfig", "score a model on a benchmark", "在基准数据集上评估模型"),
@@ -71,7 +72,7 @@ def _command(name: str) -> Command:
     if name in COMMANDS: return COMMANDS[name]
     *group, word = name.split()
     known = [" ".join([*group, w]) for w in _members(*group)]
-    whole = next((f" Did you mean {k}?" for k in COMMANDS if k.split()[-1] == word), "")
+    whole = next((did_you_mean(k) for k in COMMANDS if k.split()[-1] == word), "")
     raise UserError("unknown_command", got=name, known=", ".join(known), hint=whole or nearest(word, _members(*group)).replace("mean ", f"mean {name[:-len(word)]}"))
 
 def run_command(

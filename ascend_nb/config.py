@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RowsConfig', 'PreprocessConfig', 'DataConfig', 'ParallelConfig', 'OptimizerConfig', 'TrainConfig', 'RunConfig',
            'SampleConfig', 'GenerateConfig', 'ChatConfig', 'EvalConfig', 'SniffConfig', 'ShowConfig', 'ReportConfig',
-           'FetchConfig', 'DoctorConfig', 'QuickstartConfig']
+           'FetchConfig', 'DoctorConfig', 'QuickstartConfig', 'ConvertConfig', 'ModelLinkConvertConfig']
 
 # %% ../nbs/03_config.ipynb #0884ff70
 from dataclasses import dataclass, field
@@ -252,3 +252,58 @@ class QuickstartConfig:
     seed: int = 1234 # fixed, so that two runs agree
     pretrain_iters: int = knob(300, low=1, advanced=True) # optimizer steps of pretraining; 300 learn the samples by heart
     sft_iters: int = knob(100, low=1, advanced=True) # optimizer steps of fine-tuning
+
+# %% ../nbs/03_config.ipynb #fd765fb6
+@dataclass
+class ConvertConfig:
+    "Weights from one format, and one set of parallel sizes, to another. The source is never written to."
+    load_dir: str = knob("", positional=True) # source: a Hugging Face folder, a Megatron checkpoint (legacy or core), or a training run
+    save_dir: str = knob("", positional=True) # target: a new or empty folder; ModelLink's way back to hf names the original model's folder here, and the result is its mg2hf/
+    to: str = knob("", choices=("", "hf", "mcore", "legacy", "dcp")) # target format; empty: as ModelLink's flags say
+    hf_config: str = knob("", flags=("--hf-cfg-dir",)) # folder of the original Hugging Face model: config, tokenizer, and how its files were laid out
+    target_tensor_parallel_size: int = knob(1, low=1, flags=("--tp",)) # tp: each matrix is cut over so many ranks
+    target_pipeline_parallel_size: int = knob(1, low=1, flags=("--pp",)) # pp: layers are dealt to so many stages
+    target_expert_parallel_size: int = knob(1, low=1, flags=("--ep",)) # ep: experts are dealt to so many ranks
+    num_layer_list: str = "" # layers of each stage, e.g. 8,8,8,8; empty: equal
+    num_layers_per_virtual_pipeline_stage: int | None = knob(None, low=1, flags=("--vpp-layers",)) # layers of a chunk of virtual pipelining
+    noop_layers: str = "" # positions without weights, e.g. 0,31, counted with the others
+    params_dtype: str = knob("", choices=("", "fp32", "bf16", "fp16")) # number format of the target; empty: as the source has it (ModelLink: fp16)
+    make_vocab_size_divisible_by: int = knob(1, low=1) # the vocabulary is filled up to a multiple of this times tp; Megatron's training expects 128 unless told
+    padded_vocab_size: int | None = knob(None, low=1, flags=("--pad-vocab-size-to",)) # rows of the filled-up vocabulary, instead
+    moe_grouped_gemm: bool = False # experts of a rank in one tensor, for grouped matrix products
+    transformer_impl: str = knob("local", choices=("local", "transformer_engine")) # names of core checkpoints
+    dialect: str = knob("modellink", choices=("modellink", "mindspeed", "megatron")) # names where ModelLink of 2024, MindSpeed-LLM and Megatron-LM differ: latent attention, shared experts
+    verify: bool = False # read the result back, compare every number, and the scores of a prompt
+    dry_run: bool = False # print every tensor's journey and write nothing
+    lora_load: str | None = None # adapter to merge on the way: a PEFT folder, or a Megatron checkpoint with lora_A and lora_B
+    lora_r: int = knob(16, low=1) # rank, where the adapter does not tell
+    lora_alpha: float = knob(32.0, low=0) # its strength, where the adapter does not tell
+    lora_target_modules: list[str] = knob([]) # matrices with an adapter, where it does not tell
+    save_lora_to_hf: bool = False # write the adapter alone, as PEFT's files
+
+# %% ../nbs/03_config.ipynb #d51e1d37
+@dataclass
+class ModelLinkConvertConfig(ConvertConfig):
+    "Weights from one format, and one set of parallel sizes, to another; the flags of ModelLink's and MindSpeed-LLM's converters are understood. The source is never written to."
+    model_type: str = knob("GPT", choices=("GPT",), advanced=True) # kept for ModelLink's scripts
+    loader: str = knob("", advanced=True) # ModelLink 2024: llama2_hf, megatron
+    saver: str = knob("", advanced=True) # ModelLink 2024: megatron
+    load_model_type: str = knob("", choices=("", "hf", "mg"), advanced=True) # format of the source
+    save_model_type: str = knob("", advanced=True) # hf, mg, or save_huggingface_llama and the like
+    model_type_hf: str = knob("", advanced=True) # family, in ModelLink's words; compared with the config
+    use_mcore_models: bool = knob(False, advanced=True) # Megatron core, not legacy
+    load_from_legacy: bool = knob(False, advanced=True) # the source is legacy; seen in the files
+    save_to_legacy: bool = knob(False, advanced=True) # the target is legacy
+    add_qkv_bias: bool = knob(False, advanced=True) # q, k and v have a bias; compared with the config, like the next four
+    add_dense_bias: bool = knob(False, advanced=True) # o has a bias
+    w_pack: bool = knob(False, advanced=True) # q, k and v in one matrix
+    post_norm: bool = knob(False, advanced=True) # norms behind attention and MLP too
+    embed_layernorm: bool = knob(False, advanced=True) # a norm behind the embedding
+    tokenizer_model: str = knob("", advanced=True) # a tokenizer's file: its tokens must fit the vocabulary; None: not looked at
+    true_vocab_size: int | None = knob(None, low=1, advanced=True) # tokens that count: rows behind them, filled up for another tp, are left out
+    vocab_file: str | None = knob(None, advanced=True) # not needed
+    megatron_path: str | None = knob(None, advanced=True) # not needed: no Megatron is imported
+    max_queue_size: int = knob(50, advanced=True) # not needed: there is no queue
+    no_checking: bool = knob(False, advanced=True) # everything is checked all the same
+    save_layer_by_layer: bool = knob(False, advanced=True) # always less than a layer is in memory
+    expert_tensor_parallel_size: int | None = knob(None, low=1, high=1, advanced=True) # only 1 is known

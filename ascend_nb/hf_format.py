@@ -175,17 +175,18 @@ def _place(state, entry, tensor, shapes): # a file's tensor into our tensors, ea
 def load_model(
     folder, # a model folder of a family in `family_table.FAMILIES`
     device="cpu", # where the weights go; they arrive one by one
-    dtype: torch.dtype = torch.float32 # the number format to compute in, whatever is stored
+    dtype: torch.dtype = torch.float32 # the number format to compute in, whatever is stored; a buffer, such as DeepSeek's choosing bias, stays in fp32
 ) -> Decoder: # in eval mode
     "Load a model with one copy of its weights in memory. Raises UserError unless config and weights fit each other exactly."
     cfg, weights = config_from_hf(folder), open_weights(folder)
     with torch.device("meta"): model = Decoder(cfg)
     entries, shapes, state = hf_entries(cfg), canonical_shapes(cfg), {}
     found, may = _find(cfg, entries, weights)
+    wide = {k for k, _ in model.named_buffers()}
     _compare(folder, cfg, entries, weights, found, may)
     with Progress(len(entries), "Loading weights", quiet=cfg.num_params() < 10**9) as bar:
         for e in entries:
-            _place(state, e, weights[found[e.hf]].to(device=device, dtype=dtype), shapes)
+            _place(state, e, weights[found[e.hf]].to(device=device, dtype=torch.float32 if e.parts[0].name in wide else dtype), shapes)
             bar.update()
     model.load_state_dict(state, assign=True)
     return model.eval()

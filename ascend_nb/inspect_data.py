@@ -61,6 +61,8 @@ class Sniffed:
                 + "".join(f"<div><i>{e(n)}</i></div>" for n in self.notes) + (f"<pre>{e(self.command)}</pre>" if self.command else ""))
 
 # %% ../nbs/15b_inspect.ipynb #6e035c2c
+messages(tools_are=("tools: {names}", "工具：{names}"), said_unlearned=(" (not learned)", "（不学习）"))
+
 def _short(text, n=300): return text if len(text) <= n else text[:n] + " …"
 
 def _said(item) -> str:
@@ -73,11 +75,11 @@ def _said(item) -> str:
 
 def _chat(said, tools=None) -> str:
     names = [(t.get("function") or t).get("name", "?") for t in tools or []]
-    lines = [f"tools: {', '.join(map(str, names))}"] if names else []
+    lines = [phrase("tools_are", names=", ".join(map(str, names)))] if names else []
     for m in said:
         calls = [f"{c['function']['name']}({json.dumps(c['function']['arguments'], ensure_ascii=False)})" for c in m.get("tool_calls") or []]
         body = [m[k] for k in ("reasoning_content", "content") if m.get(k)] + calls
-        lines.append(f"{m['role']}{' (not learned)' if m.get('loss') is False else ''}: {_short(chr(10).join(body))}")
+        lines.append(f"{m['role']}{phrase('said_unlearned') if m.get('loss') is False else ''}: {_short(chr(10).join(body))}")
     return "\n".join(lines)
 
 # %% ../nbs/15b_inspect.ipynb #b409c938
@@ -101,6 +103,7 @@ def preprocess_command(
 
 # %% ../nbs/15b_inspect.ipynb #da784525
 messages(
+    more_columns=("and {n:,} more", "另有 {n:,} 列"),
     l_format=("format", "格式"), l_rows=("rows", "行数"), l_columns=("columns", "列"), l_handler=("handler", "处理器"), l_lengths=("length", "长度"), l_turns=("answers", "回答数"),
     v_format=("{form}, {size}", "{form}，大小 {size}"), v_formats=("{form}, {files} files, {size}", "{form}，{files} 个文件，{size}"),
     v_rows=("{rows:,} read: {usable:,} usable, {empty:,} say nothing, {bad:,} bad", "共读取 {rows:,} 行：可用 {usable:,}，空 {empty:,}，有问题 {bad:,}"),
@@ -120,11 +123,12 @@ messages(
 FORMS = {".json": "JSON", ".jsonl": "JSON lines", ".csv": "CSV", ".txt": "text, a row a line", ".parquet": "Parquet", ".arrow": "Arrow"} # ending -> name
 
 
-def _column_lines(columns):
+def _column_lines(columns, most=20):
     "(label, what a column holds) for each; the first alone has the label."
-    for i, (name, c) in enumerate(columns.items()):
+    for i, (name, c) in enumerate(list(columns.items())[:most]):
         kinds = " / ".join(phrase(f"kind_{k}") for k in c["kinds"])
         yield "" if i else phrase("l_columns"), f"{name}: {phrase('kind_filled', kinds=kinds, share=c['filled'])}"
+    if len(columns) > most: yield "", phrase("more_columns", n=len(columns) - most)
 
 def _beside(folder) -> str:
     "Folders below a folder that hold data too."

@@ -9,16 +9,18 @@ __all__ = ['FIELDS', 'Instructions', 'SFTDataset', 'PackedDataset', 'join', 'sha
 from functools import lru_cache
 import numpy as np
 from fastcore.basics import patch
-from .core import UserError, messages, rank_info, say
+from .core import UserError, messages, phrase, rank_info, say
 from .datasets import Batch, Sample, check_ids, collate_sft
-from .indexed import IndexedReader
+from .indexed import IndexedReader, need_same_shape
 from .packing import pack_bins
 from .sample_index import content_key, epoch_order
 
 # %% ../nbs/13a_instruct_sets.ipynb #cdd23874
 messages(
-    unequal_fields=("Found {got} sequences or other lengths in {path}; expected those of {like}: the files are not of one run. Preprocess again.",
-                    "{path} 含 {got} 个序列或长度不一致；应与 {like} 相同：这些文件不是同一次生成的。请重新预处理。"),
+    cut=("{name}: samples longer than seq_length={seq}, which are cut {how}: {long:,} of {n:,}; with no answer left, and left out: {lost:,}. "
+         "The longest has {longest:,} tokens: raise seq_length to keep more.",
+         "{name}：{n:,} 个样本中有 {long:,} 个超过 seq_length={seq}，将{how}；其中 {lost:,} 个不再含有回答，已去掉。最长样本为 {longest:,} 个 token：增大 seq_length 可保留更多。"),
+    cut_right=("on the right", "从右侧截断"), cut_both=("in question and answer", "同时截断问题与回答"),
     nothing_to_learn=("Found no answer token within the first seq_length={seq} tokens of the {n} samples for {name} in {prefix}; expected at least one. "
                       "Raise seq_length (the longest sample has {longest} tokens), or change the split.",
                       "{prefix} 中 {name} 部分的 {n} 个样本在前 seq_length={seq} 个 token 内没有任何回答 token；至少应有一个。"
@@ -30,7 +32,7 @@ class Instructions:
     "What chats and pairs have in common: files of one shape, shuffled epochs, samples without an answer left out. `len` may exceed `num_samples`."
     FIELDS: tuple = () # names of the files
     LIKE: dict = {} # field -> another one whose lengths it must share
-    CUT = "" # how a sample is cut, for messages
+    CUT = "" # how a sample is cut: a key of messages
     def __init__(self,
         prefix: str, # the bare prefix: `_packed_input_ids_document` and so on is added
         seq_length: int, # S; longer samples are cut
@@ -46,7 +48,7 @@ class Instructions:
         self.readers = {f: IndexedReader(f"{prefix}_packed_{f}_document") for f in self.FIELDS}
         for f, r in self.readers.items():
             like = self.readers[self.LIKE.get(f, f)]
-            if not np.array_equal(r.lengths, like.lengths): raise UserError("unequal_fields", got=len(r), path=r.prefix, like=like.prefix)
+            need_same_shape(r, like)
         lo, hi = documents or (0, len(self.readers[self.FIELDS[0]]))
         lost = self._lost(lo, hi)
         self.usable = np.setdiff1d(np.arange(lo, hi), lost) # samples of the file that can be drawn
@@ -67,14 +69,13 @@ def _lost(self: Instructions, lo: int, hi: int):
     lost = [int(i) for i in np.flatnonzero((lengths > S) | (sizes.min(0) < 2)) + lo if not self.learns(int(i))]
     if len(lost) == hi - lo: raise UserError("nothing_to_learn", seq=S, n=hi - lo, name=self.name, prefix=self.prefix, longest=longest)
     if long and rank_info().is_main:
-        say(f"{self.name}: {long} of {hi - lo} samples are longer than seq_length={S} and are cut {self.CUT}; {len(lost)} have no "
-            f"answer left and are left out. The longest has {longest} tokens: raise seq_length to keep more.")
+        say(phrase("cut", name=self.name, long=long, n=hi - lo, seq=S, how=phrase(self.CUT), lost=len(lost), longest=longest))
     return lost
 
 # %% ../nbs/13a_instruct_sets.ipynb #4bf4ce99
 class SFTDataset(Instructions):
     "Conversations with a label for each token."
-    FIELDS, LIKE, CUT = ("input_ids", "attention_mask", "labels"), {"attention_mask": "input_ids", "labels": "input_ids"}, "on the right"
+    FIELDS, LIKE, CUT = ("input_ids", "attention_mask", "labels"), {"attention_mask": "input_ids", "labels": "input_ids"}, "cut_right"
 
     def learns(self,
         i: int # sample of the file
@@ -162,7 +163,7 @@ def share_out(
 class PairDataset(Instructions):
     "A better and a worse answer to the same messages; a sample is (chosen, rejected), two `Sample`."
     FIELDS = ("chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_labels")
-    LIKE, CUT = {"chosen_labels": "chosen_input_ids", "rejected_labels": "rejected_input_ids"}, "in question and answer"
+    LIKE, CUT = {"chosen_labels": "chosen_input_ids", "rejected_labels": "rejected_input_ids"}, "cut_both"
 
     def learns(self,
         i: int # pair of the file

@@ -7,13 +7,15 @@ __all__ = ['causal_lm_loss']
 
 # %% ../nbs/40_losses.ipynb #3e51589c
 from torch import Tensor
+from .experts import balance_loss
 from .npu_kernels import linear_cross_entropy
 
 # %% ../nbs/40_losses.ipynb #370df1f7
 def causal_lm_loss(
     model, # a Decoder: anything with .hidden(input_ids, position_ids=, cu_seqlens=), .head_weight and .softcap
     batch # a Batch: labels are shifted already, -100 is not trained
-) -> tuple[Tensor, int]: # sum of -log p over the trained tokens in fp32, and their number
+) -> tuple[Tensor, int]: # sum of -log p over the trained tokens in fp32 (in training, of the balancing loss too), and their number
     "Next-token loss as (sum, count), so that a step can divide by the tokens of all its micro-batches."
     h = model.hidden(batch.input_ids, position_ids=batch.position_ids, cu_seqlens=batch.cu_seqlens)
-    return linear_cross_entropy(h.flatten(0, 1), model.head_weight, batch.labels.flatten(), cap=model.softcap)
+    total, n = linear_cross_entropy(h.flatten(0, 1), model.head_weight, batch.labels.flatten(), cap=model.softcap)
+    return total + n * balance_loss(model), n

@@ -10,11 +10,12 @@ import os, time
 from pathlib import Path
 import numpy as np
 from .config import PreprocessConfig
-from .core import Progress, UserError, check_space, messages
+from .core import Progress, UserError, check_space, messages, phrase
 from .indexed import IndexedReader, IndexedWriter, commit_all
 
 # %% ../nbs/12c_merging.ipynb #a2b371d2
 messages(
+    merged=("wrote {path}.bin and .idx; sequences: {n:,}, of pairs: {pairs:,}", "已写出 {path}.bin 与 .idx；序列 {n:,} 条，来自 {pairs:,} 对文件"),
     no_group=("Found no .bin/.idx pair with {key!r} in its name in {folder} (pairs there: {found}); expected at least one. Check --merge-group-keys and --input.",
               "{folder} 中没有名称含 {key!r} 的 .bin/.idx 文件对（现有：{found}）。请检查 --merge-group-keys 与 --input。"),
     half_pair=("Found {path} without its other half; expected .bin and .idx of each pair. Copy the missing file, or move this one away.",
@@ -61,7 +62,7 @@ def merge_groups(
         for w in made: w.discard()
     result = dict(kind="merge", files=list(groups), merged={p: [r.prefix for r in g] for p, g in groups.items()}, sequences=[len(w) for w in made],
                   tokens=sum(w.num_tokens for w in made), seconds=round(time.time() - began, 2))
-    if not json: print("\n".join(f"wrote {f}.bin and .idx: {n:,} sequences of {len(m)} pairs" for (f, m), n in zip(result["merged"].items(), result["sequences"])))
+    if not json: print("\n".join(phrase("merged", path=f, n=n, pairs=len(m)) for (f, m), n in zip(result["merged"].items(), result["sequences"])))
     return result
 
 def _append(writer: IndexedWriter, reader: IndexedReader):

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from .attention_layers import Attention
 from .core import UserError, messages
+from .experts import MoE
 from .layers import MLP, ROPE, Linear, PlainMLP, RMSNorm, Rope, linear, make_norm
+from .mla import MLA
 from .shapes import ModelConfig
 
 # %% ../nbs/23_model.ipynb #d34a11c0
-ATTENTION = {"heads": Attention} # kind -> module of (cfg, window)
-MLPS = {"gated": MLP, "plain": PlainMLP} # kind -> module of (cfg)
+ATTENTION = {"heads": Attention, "latent": MLA} # kind -> module of (cfg, window)
+MLPS = {"gated": MLP, "plain": PlainMLP, "experts": MoE} # kind -> module of (cfg)
 
 def attention_kind(cfg: ModelConfig) -> str: return "latent" if cfg.kv_lora_rank else "heads" # cfg: kv_lora_rank; a key of ATTENTION
 
@@ -64,7 +66,7 @@ class KVCache:
         dtype: torch.dtype = torch.float32, # of the model's weights
         device: torch.device | str = "cpu" # of the model's weights
     ):
-        K, *sizes = cfg.kv_sizes # (B, K, max_len, D) for keys, the same for values
+        K, *sizes = cfg.cache_sizes # (B, K, max_len, D) for keys, the same for values; latent attention: (B, 1, max_len, R) and (B, 1, max_len, Dr)
         self.kv = [tuple(torch.empty(batch, K, max_len, D, dtype=dtype, device=device) for D in sizes) for _ in range(cfg.num_hidden_layers)]
         self.length, self.max_len = 0, max_len
 
@@ -202,5 +204,8 @@ def init_weights(self: Decoder,
     for name, p in self.named_parameters():
         if name.endswith("bias"): p.zero_()
         elif p.dim() == 1: p.fill_(0 if self.cfg.norm_plus_one else 1)
-        else: _draw(p, deep if name.endswith(("o_proj.weight", "down_proj.weight")) else std, seed, name)
+        else:
+            size, each = deep if name.removesuffix(".weight").endswith(("o_proj", "down_proj")) else std, p.dim() == 3
+            for e, one in enumerate(p if each else [p]): _draw(one, size, seed, f"{name}.{e}" if each else name)
+    for b in self.buffers(): b.zero_() # the biases by which DeepSeek-V3 chooses experts
     return self

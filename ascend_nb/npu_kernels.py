@@ -270,6 +270,7 @@ def _attention_npu(q, k, v, causal, window, cu_seqlens, scale):
     out = fa(q, k, v, N, "TND", actual_seq_qlen=ends, actual_seq_kvlen=ends, **how)[0]
     return out.view(B, S, N, D).transpose(1, 2)
 
+# %% ../nbs/20_npu_kernels.ipynb #3a394beb
 def attention(
     q: Tensor, # (B, N, Sq, D)
     k: Tensor, # (B, K, Sk, D), not repeated; N is a multiple of K

@@ -15,13 +15,14 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 from .core import UserError, atomic_file, messages, phrase, say
-from .indexed import IndexedWriter, _writing
+from .indexed import JOURNAL, IndexedWriter, _writing, roll_forward
 from .packing import bin_members, pack_bins
 
 # %% ../nbs/14_parts.ipynb #0913f1b8
 messages(
     taken=("Found another run (process {pid} on {host}) that writes {prefix}; expected to be alone. Wait for it, end it, or choose another --output-prefix.",
            "另一个任务（{host} 上的进程 {pid}）正在写入 {prefix}；同一输出只能由一个任务写入。请等待其结束、终止它，或更换 --output-prefix。"),
+    no_lock=("{path} cannot be locked ({why}): make sure that no other run writes {prefix}.", "无法锁定 {path}（{why}）：请确认没有其他任务写入 {prefix}。"),
     kept=("The work so far is kept in {folder}: the same command goes on from there; with --no-resume it starts anew.",
           "已完成的部分保存在 {folder}：再次运行同一命令会继续；加 --no-resume 则从头开始。"),
     goes_on=("Going on with the work of an earlier run in {folder}.", "继续 {folder} 中先前未完成的任务。"),
@@ -49,7 +50,7 @@ def _lock(path: Path, prefix):
             f.close()
             if host == socket.gethostname() and not _alive(pid) and time.monotonic() < until: time.sleep(.05)
             else: raise UserError("taken", pid=pid, host=host, prefix=prefix) from None
-        except OSError as e: say(f"{path} cannot be locked ({e.strerror}): make sure that no other run writes {prefix}."); return f
+        except OSError as e: say(phrase("no_lock", path=path, why=e.strerror, prefix=prefix)); return f
         else:
             with suppress(FileNotFoundError):
                 if os.stat(path).st_ino == os.fstat(f.fileno()).st_ino: break # else the folder was removed between opening and locking
@@ -69,6 +70,7 @@ def work_folder(
     prefix = Path(prefix).absolute()
     folder = prefix.with_name(f".{prefix.name}.work")
     with _lock(folder/"lock", prefix) as lock:
+        for journal in folder.glob(f"**/{JOURNAL}"): roll_forward(journal) # killed while it gave files their names
         plans = json.loads(json.dumps([plan, *also])) # as they come back from a file
         had = [p for p in folder.iterdir() if p.name != "lock"]
         same = resume and _read(folder/"plan.json") in plans

@@ -11,7 +11,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from . import __version__
 from .config import DataConfig, PreprocessConfig, RowsConfig
-from .core import UserError, atomic_file, messages, rank_info, say
+from .core import UserError, atomic_file, messages, phrase, rank_info, say
 from .indexed import pairs_like
 from .mixtures import open_source
 from .preprocess import describe, output_prefixes, run
@@ -31,6 +31,8 @@ def is_raw(
 
 # %% ../nbs/14b_prepared.ipynb #2fffc447
 messages(
+    prepares=("Preprocessing {path} once, for this run and all that use it so; its tokens are kept in {prefix}*.",
+              "正在预处理 {path}（只做一次，供本次及所有相同用法的运行使用）；词元保存在 {prefix}*。"),
     raw_no_tokenizer=("Found the raw data {path} and no tokenizer; expected one, to make tokens of it. Pass --tokenizer-name-or-path DIR.",
                       "{path} 是原始数据，但没有分词器；需要分词器将其转换为 token。请传入 --tokenizer-name-or-path DIR。"),
     raw_stage=("Found {kind} data in {path} ({why}), which is for stage={right}; you asked for stage={stage}. Pass stage={right}, or name another --handler-name.",
@@ -69,7 +71,7 @@ def _prepare(path, data, stage, tokenizer_path):
         except (OSError, ValueError): return None
         return prefix if told["key"] == key and all(f.is_file() for f in files) and told["sizes"] == sizes() else None
     def build():
-        say(f"Preprocessing {path} once, for this run and all that use it so; its tokens are kept in {cfg.output_prefix}*.")
+        say(phrase("prepares", path=path, prefix=cfg.output_prefix))
         result = run(cfg, json=True)
         say(describe(result))
         with atomic_file(note) as f: json.dump(dict(key=key, sizes=sizes(), documents=result["documents"], tokens=result["tokens"]), f, ensure_ascii=False, indent=1)

@@ -6,7 +6,7 @@
 __all__ = ['output_prefixes', 'Job', 'run', 'write_report', 'describe']
 
 # %% ../nbs/14a_preprocess.ipynb #5f636811
-import hashlib, importlib, json, os, time
+import hashlib, importlib.machinery, importlib.util, json, os, sys, time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -111,10 +111,18 @@ def run(self: _Pump):
 
 # %% ../nbs/14a_preprocess.ipynb #cc041c90
 messages(
+    no_length=(" without --seq-length", "（没有 --seq-length）"), elsewhere=("its handler's module {names} cannot be imported by another process", "其处理器所在模块 {names} 无法被其他进程导入"),
     eod_unknown=("The tokenizer in {path} names no eos token; expected one for --append-eod. Name it as eos_token in tokenizer_config.json, or leave --append-eod out.",
             "{path} 的分词器没有 eos 词元，而 --append-eod 需要它。请在 tokenizer_config.json 中设置 eos_token，或去掉 --append-eod。"),
     pack_what=("Found --pack for {kind} data{no_length}; expected instruction data and --seq-length. Documents need no packing: training cuts them to length itself.",
                "对 {kind} 数据使用了 --pack{no_length}；--pack 需要指令数据和 --seq-length。预训练文档无需打包，训练时会自行切分。"),
+    no_prefix_name=("Found the output prefix {got!r}; expected the path and the beginning of a file name, e.g. dataset/wiki. Pass --output-prefix.",
+                    "输出前缀为 {got!r}；应为路径加文件名开头，例如 dataset/wiki。请设置 --output-prefix。"),
+    seq_unused=("--seq-length leaves out instruction samples; documents of any length are kept.", "--seq-length 只用于过滤指令样本；预训练文档不论长短都会保留。"),
+    split_unused=("--split-sentences is for documents; chats stay whole.", "--split-sentences 只用于文档；对话保持完整。"),
+    auto_is=("--handler-name auto: {why}.", "--handler-name auto 的选择：{why}。"),
+    one_part=("One process instead of {n}: {why}.", "只用一个进程（而不是 {n} 个）：{why}。"),
+    by_row=("the mixture is drawn row by row", "混合数据按行抽取"), in_main=("its handler is defined in __main__", "其处理器定义在 __main__ 中"),
     nothing_left=("Found no sequence to write to {prefix}: of {rows} rows, {why}. Check the input, --seq-length and the filters.",
                   "没有任何序列可写入 {prefix}：共 {rows} 行，其中 {why}。请检查输入、--seq-length 与过滤选项。"),
 )
@@ -130,11 +138,12 @@ def _plan(cfg: PreprocessConfig, source, tokenizer: Tokenizer, n: int) -> dict:
 def _check(cfg: PreprocessConfig, source, tokenizer: Tokenizer) -> PreprocessConfig:
     "Refuse what cannot be meant, say what has no effect, and name the handler that was found."
     if (cfg.pack or cfg.neat_pack) and (source.kind != "chat" or not cfg.seq_length):
-        raise UserError("pack_what", kind=source.kind, no_length="" if cfg.seq_length else " without --seq-length")
+        raise UserError("pack_what", kind=source.kind, no_length="" if cfg.seq_length else phrase("no_length"))
+    if not Path(cfg.output_prefix).name or cfg.output_prefix.endswith("/"): raise UserError("no_prefix_name", got=cfg.output_prefix)
     if cfg.append_eod and tokenizer.eos_token_id is None: raise UserError("eod_unknown", path=tokenizer.path)
-    if cfg.seq_length and source.kind == "text": say("--seq-length leaves out instruction samples; documents of any length are kept.")
-    if cfg.split_sentences and source.kind != "text": say("--split-sentences is for documents; chats stay whole.")
-    if cfg.handler_name == "auto": say(f"--handler-name auto: {source.reason}.")
+    if cfg.seq_length and source.kind == "text": say(phrase("seq_unused"))
+    if cfg.split_sentences and source.kind != "text": say(phrase("split_unused"))
+    if cfg.handler_name == "auto": say(phrase("auto_is", why=source.reason))
     return replace(cfg, pack=cfg.pack or cfg.neat_pack)
 
 def _open(cfg: PreprocessConfig, k: int = 0, n: int = 1): # (source, bad rows, tokenizer)
@@ -174,9 +183,16 @@ def run(
 def _n_parts(cfg: PreprocessConfig, source) -> int:
     "n_subs, unless the input cannot be shared."
     if cfg.n_subs == 1: return 1
-    why = "the mixture is drawn row by row" if not source.splittable else "its handler is defined in __main__" if "__main__" in _modules(source) else ""
-    if why: say(f"One process instead of {cfg.n_subs}: {why}.")
+    lone = [name for name in _modules(source) if not _importable(name)]
+    why = phrase("by_row") if not source.splittable else phrase("in_main") if "__main__" in lone else phrase("elsewhere", names=", ".join(lone)) if lone else ""
+    if why: say(phrase("one_part", n=cfg.n_subs, why=why))
     return 1 if why else cfg.n_subs
+
+def _importable(name) -> bool:
+    "Would another process find the module that is loaded here?"
+    find = importlib.util.find_spec if "." in name else importlib.machinery.PathFinder.find_spec # the first believes what is loaded already
+    here, found = getattr(sys.modules.get(name), "__file__", None), name != "__main__" and find(name)
+    return bool(here and found and found.origin and os.path.samefile(here, found.origin))
 
 def _modules(source) -> list: return sorted({HANDLERS[p.handler.name].make.__module__ for p in source.parts})
 
@@ -209,11 +225,23 @@ def _part():
             say_so(bytes=source.total_bytes, counts=part.counts)
 
 # %% ../nbs/14a_preprocess.ipynb #aed144c6
+messages(
+    pre_text=("{n:,} documents", "{n:,} 篇文档"), pre_chat=("{n:,} chats", "{n:,} 个对话"), pre_pair=("{n:,} pairs", "{n:,} 对回答"), pre_token=("{n:,} tokens", "{n:,} 个词元"),
+    one_text=("{n} document", "{n} 篇文档"), one_chat=("{n} chat", "{n} 个对话"), one_pair=("{n} pair", "{n} 对回答"), one_token=("{n} token", "{n} 个词元"),
+    pre_bar=("Tokenizing (%)", "分词（%）"), pre_speed=(", {mb:.1f} MB/s, {tokens:,.0f} tokens/s", "，{mb:.1f} MB/秒，{tokens:,.0f} 词元/秒"),
+    pre_took=("{what}, {tokens} in {time}", "{what}，{tokens}，用时 {time}"), pre_learned=("{n:,} tokens are learned ({share:.0%})", "其中 {n:,} 个词元参与学习（{share:.0%}）"),
+    pre_rows=("packed into {n:,} rows, {filled:.1%} full", "打包成 {n:,} 行，填充率 {filled:.1%}"), pre_left=("left out: {why}", "已去掉：{why}"),
+    pre_listed=("unusable rows are listed in {path}", "无法使用的行列在 {path}"), pre_wrote=("wrote {path}.bin and .idx", "已写出 {path}.bin 与 .idx"),
+    pre_train=("train on it with --data-path {path}", "训练时使用 --data-path {path}"),
+)
+def _n(what, n) -> str: return phrase(f"{'one' if n == 1 else 'pre'}_{what}", n=n) # 1 document, 2 documents
+
+# %% ../nbs/14a_preprocess.ipynb #11bd78af
 class _Report:
     "The progress bar; a log file gets a line each log_interval documents instead."
     def __init__(self, source, log_interval):
         self.total, self.every, self.logged, self.first = max(source.total_bytes, 1), log_interval, 0, None
-        self.bar = Progress(100, "Tokenizing (%)")
+        self.bar = Progress(100, phrase("pre_bar"))
         self.bar.quiet = self.bar.mode == "log"
     def __enter__(self): self.bar.__enter__(); return self
     def __exit__(self, *exc): self.bar.__exit__(*exc)
@@ -221,8 +249,8 @@ class _Report:
         n, tokens, now = counts["documents"], counts["tokens"], time.time()
         if self.first is None: self.first = (now, done, tokens) # a run that goes on is as fast as what it does itself
         t0, done0, tokens0 = self.first
-        speed = f", {(done - done0) / 1e6 / (now - t0):.1f} MB/s, {(tokens - tokens0) / (now - t0):,.0f} tokens/s" if now > t0 else ""
-        note = f"{n:,} documents, {tokens:,} tokens{speed}"
+        speed = phrase("pre_speed", mb=(done - done0) / 1e6 / (now - t0), tokens=(tokens - tokens0) / (now - t0)) if now > t0 else ""
+        note = f"{_n('text', n)}, {_n('token', tokens)}{speed}"
         self.bar.update(int(100 * done / self.total) - self.bar.n, note)
         if self.bar.quiet and n // self.every > self.logged: self.logged = n // self.every; say(note)
 
@@ -266,9 +294,11 @@ def _result(cfg: PreprocessConfig, counts: Counter, bad: list, lengths) -> dict:
     out["skipped"] = sum(counts[k] for k in _LEFT_OUT if k != "bad_rows")
     rows = [dict(row=b["row"], why=b["why"]) for b in bad]
     out["bad_examples"] = rows[:5]
+    listed = Path(f"{cfg.output_prefix}_bad_rows.jsonl")
     if cfg.on_bad_row == "report" and rows:
-        out["bad_rows_file"] = f"{cfg.output_prefix}_bad_rows.jsonl"
-        with atomic_file(out["bad_rows_file"]) as f: f.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
+        out["bad_rows_file"] = str(listed)
+        with atomic_file(listed) as f: f.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
+    else: listed.unlink(missing_ok=True) # of an earlier run
     if "learned" in counts: out["trained_tokens"] = counts["learned"]
     if cfg.pack: out.update(rows=counts["rows"], filled=round(counts["tokens"] / (counts["rows"] * cfg.seq_length), 4))
     if cfg.report: out["lengths"] = length_report(lengths, cfg.seq_length)
@@ -288,11 +318,11 @@ def describe(
     result: dict # from `run`
 ) -> str: # a few lines for people
     "The result of a run in words."
-    r, lines = result, []
-    lines.append(f"{r['documents']:,} {'documents' if r['kind'] == 'text' else r['kind'] + 's'}, {r['tokens']:,} tokens in {human_time(r['seconds'])}")
-    if r.get("trained_tokens"): lines.append(f"{r['trained_tokens']:,} tokens are learned ({r['trained_tokens'] / max(r['tokens'], 1):.0%})")
-    if "rows" in r: lines.append(f"packed into {r['rows']:,} rows, {r['filled']:.1%} full")
-    if left := _left_out(r): lines.append(f"left out: {left}")
+    r = result
+    lines = [phrase("pre_took", what=_n(r["kind"], r["documents"]), tokens=_n("token", r["tokens"]), time=human_time(r["seconds"]))]
+    if r.get("trained_tokens"): lines.append(phrase("pre_learned", n=r["trained_tokens"], share=r["trained_tokens"] / max(r["tokens"], 1)))
+    if "rows" in r: lines.append(phrase("pre_rows", n=r["rows"], filled=r["filled"]))
+    if left := _left_out(r): lines.append(phrase("pre_left", why=left))
     lines += [f"  {b['row']}: {b['why']}" for b in r["bad_examples"]]
-    if "bad_rows_file" in r: lines.append(f"unusable rows are listed in {r['bad_rows_file']}")
-    return "\n".join([*lines, *(f"wrote {f}.bin and .idx" for f in r["files"]), f"train on it with --data-path {r['data_path']}"])
+    if "bad_rows_file" in r: lines.append(phrase("pre_listed", path=r["bad_rows_file"]))
+    return "\n".join([*lines, *(phrase("pre_wrote", path=f) for f in r["files"]), phrase("pre_train", path=r["data_path"])])

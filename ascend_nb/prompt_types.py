@@ -9,9 +9,10 @@ __all__ = ['PROMPT_TYPES', 'PromptType', 'PromptTypes', 'load_prompt_types', 'ge
 import functools, json, re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
-from .core import UserError, messages, one_of
+from .core import UserError, messages, one_of, phrase
 
 # %% ../nbs/11_prompt_types.ipynb #096e9bc9
 @dataclass(frozen=True)
@@ -141,25 +142,40 @@ def _jinja(p: PromptType) -> str: # Jinja text
 
 # %% ../nbs/11_prompt_types.ipynb #6283b029
 messages(
-    bad_prompt_file=("{path} cannot be read as prompt types: {why}. Expected a mapping of names in YAML, or ModelLink's list in JSON.",
-                     "{path} 无法按 prompt type 读取：{why}。应为 YAML 的名称映射，或 ModelLink 的 JSON 列表。"),
+    bad_prompt_file=("{path} cannot be read as prompt types: {why}. Expected a mapping in YAML, name: {{user: …}}, or ModelLink's list in JSON.",
+                     "{path} 无法按 prompt type 读取：{why}。应为 YAML 映射（名称: {{user: …}}），或 ModelLink 的 JSON 列表。"),
+    found_type=("found {type}", "内容是 {type}"), is_folder=("it is a folder", "这是一个目录"), entry_type=("the entry {name} is a {type}", "条目 {name} 是 {type}"),
+    item_type=("found list, whose item {n} has no name", "内容是 list，其第 {n} 项没有 name"), one_of_these=("one of {names}", "{names} 之一"), the_key=("the key {key}", "键 {key}"),
+    want_prompt_text=("text", "文本"), want_bool=("true or false", "true 或 false"), want_words=("a list of texts", "文本列表"), want_object=("a mapping", "映射"),
+    want_slots=("text, or a list of texts, {{\"token\": text}} and [\"bos_token\"]", "文本，或由文本、{{\"token\": 文本}}、[\"bos_token\"] 组成的列表"),
+    like_circle=("like going round: {chain}", "like 循环引用：{chain}"), want_like=("another prompt type that is complete in itself", "最终不再引用自身的 prompt type"),
+    no_stop=("replace_eos without stop_words", "replace_eos 而没有 stop_words"), want_stop=("a stop word that stands for the eos token", "用以代替 eos 的停止词"),
+    want_types=("a file of prompt types", "prompt type 文件"), do_types=("Check --prompt-type-path.", "请检查 --prompt-type-path。"),
     bad_prompt_key=("Found {got} in the prompt type {name} of {path}; expected {want}. Change the file.",
                     "{path} 的 prompt type {name} 中是 {got}；应为 {want}。请修改文件。"),
 )
 _FIELDS = {f.name.removeprefix("format_"): f for f in fields(PromptType)} # "user" -> the field format_user
-_KINDS = {str: "text", bool: "true or false", tuple: "a list"}
+_KINDS = {str: "want_prompt_text", bool: "want_bool", tuple: "want_words"}
 _CLASSES = {"Template": {}, "Llama2Template": {"merge_system": True}, "ReasoningTemplate": {"thinking": True}} # ModelLink's template_class
 
-def _plain(entry: dict) -> dict: # short key -> value
-    "An entry of either form: ModelLink's slots, [\"bos_token\"], {\"token\": X} or text, become one string."
-    def text(slots): return "".join(s if isinstance(s, str) else s["token"] if isinstance(s, dict) else "{{" + s[0] + "}}" for s in slots)
-    out, needs = {}, [*entry.get("needs", ())]
+def _plain(entry: dict, bad) -> dict: # short key -> value
+    "An entry of either form: ModelLink's slots, [\"bos_token\"], {\"token\": X} or text, become one string. Raises what `bad` makes of (found, expected)."
+    def text(key, slots):
+        try: return "".join(s if isinstance(s, str) else s["token"] if isinstance(s, dict) else "{{" + s[0] + "}}" for s in slots)
+        except (TypeError, KeyError, IndexError): raise bad(f"{key}: {slots!r}", phrase("want_slots")) from None
+    def words(key):
+        value = entry.get(key, [])
+        if not isinstance(value, list) or not all(isinstance(w, str) for w in value): raise bad(f"{key}: {value!r}", phrase("want_words"))
+        return value
+    out, needs = {}, [*words("needs")]
     for key, value in entry.items():
+        if not isinstance(key, str): raise bad(phrase("the_key", key=key), phrase("one_of_these", names=", ".join(_FIELDS)))
         if isinstance(value, dict): # {"slots": […], "tool_format": …}
             if value.get("tool_format"): out["tool_format"] = value["tool_format"]
             if not (value := value.get("slots")): continue
+            text(key, value)
             needs += [s["token"] for s in value if isinstance(s, dict)]
-        out[key.removeprefix("format_")] = tuple(value) if key == "stop_words" else text(value) if isinstance(value, list) else value
+        out[key.removeprefix("format_")] = tuple(words(key)) if key == "stop_words" else text(key, value) if isinstance(value, list) else value
     return {**out, "needs": tuple(needs)}
 
 def _call_apart(p: PromptType) -> PromptType:
@@ -170,12 +186,18 @@ def _call_apart(p: PromptType) -> PromptType:
 # %% ../nbs/11_prompt_types.ipynb #94d57614
 class PromptTypes(Mapping):
     "Prompt types by name; each is made, and checked, when it is asked for."
-    def __init__(self, path): self.path, self.made = path, {} # a file
+    def __init__(self, path): self.path, self.made, self.making = path, {}, [] # a file
     def __iter__(self): return (k for k in self.entries if k != "tool_formats")
     def __len__(self): return sum(1 for _ in self)
     def __getitem__(self, name):
-        if name not in self.made: self.made[name] = self._make(name, _plain(self.entries[name]))
+        if name in self.making: raise self._bad(self.making[0], phrase("like_circle", chain=" → ".join([*self.making, name])), phrase("want_like"))
+        if name not in self.made:
+            self.making.append(name)
+            try: self.made[name] = self._make(name, _plain(self.entries[name], partial(self._bad, name)))
+            finally: self.making.pop()
         return self.made[name]
+
+    def _bad(self, name, got, want): return UserError("bad_prompt_key", path=self.path, name=name, got=got, want=want)
 
     @functools.cached_property
     def entries(self) -> dict: # name -> what the file says
@@ -183,38 +205,46 @@ class PromptTypes(Mapping):
         return {e["name"]: {k: v for k, v in e.items() if k != "name"} for e in d} if isinstance(d, list) else d
 
     def _like(self, name, other) -> dict: # values of another prompt type, of this file or of ours
-        near = self.path == PROMPT_TYPES.path or (other in self.entries and other != name)
-        base = (self if near else PROMPT_TYPES)[one_of("like", other, [*self, *PROMPT_TYPES])]
+        other = one_of("like", other, [*dict.fromkeys([*(n for n in self if n != name), *PROMPT_TYPES])])
+        base = (self if self is PROMPT_TYPES or (other in self.entries and other != name) else PROMPT_TYPES)[other]
         return {k: getattr(base, f.name) for k, f in _FIELDS.items()}
 
     def _make(self, name, entry) -> PromptType:
-        def bad(got, want): return UserError("bad_prompt_key", path=self.path, name=name, got=got, want=want)
+        def bad(got, want): return self._bad(name, got, want)
+        def other(key, names): return bad(key, phrase("one_of_these", names=", ".join(names)))
         base = self._like(name, entry.pop("like")) if "like" in entry else {"tool_format": "default"}
         base = {**base, **entry, "needs": (*base.get("needs", ()), *entry["needs"])}
         kind = base.pop("template_class", "Template")
-        if kind not in _CLASSES: raise bad(f"template_class {kind}", "one of " + ", ".join(_CLASSES))
+        if kind not in _CLASSES: raise other(f"template_class {kind}", _CLASSES)
         formats = {**PROMPT_TYPES.entries["tool_formats"], **(self.entries.get("tool_formats") or {})}
-        form = formats[one_of("tool_format", base.pop("tool_format"), formats)] if "tool_format" in base else {}
+        form = formats[one_of("tool_format", base.pop("tool_format"), [*formats])] if "tool_format" in base else {}
+        if not isinstance(form, dict): raise bad(f"tool_formats: {form!r}", phrase("want_object"))
         base.pop("force_system", None) # says whether an empty system text is written: it never is
         values = {**base, **form, **{k: v for k, v in entry.items() if k in form}, **_CLASSES[kind]}
         for key, value in values.items():
-            if key not in _FIELDS: raise bad(f"the key {key}", "one of " + ", ".join(_FIELDS))
+            if key not in _FIELDS: raise other(phrase("the_key", key=key), _FIELDS)
             kind = tuple if key in ("stop_words", "needs") else bool if _FIELDS[key].default is False else str
-            if not isinstance(value, kind) and value is not _FIELDS[key].default: raise bad(f"{key}: {value!r}", _KINDS[kind])
+            if not isinstance(value, kind) and value is not _FIELDS[key].default: raise bad(f"{key}: {value!r}", phrase(_KINDS[kind]))
+        if values.get("replace_eos") and not values.get("stop_words"): raise bad(phrase("no_stop"), phrase("want_stop"))
         return _call_apart(PromptType(**{_FIELDS[k].name: v for k, v in values.items()}))
 
 # %% ../nbs/11_prompt_types.ipynb #fa34ec6d
 def _read(path):
     "What a file of prompt types holds."
     import yaml
+    def bad(why): return UserError("bad_prompt_file", path=path, why=why)
+    if path.is_dir(): raise bad(phrase("is_folder"))
     try:
         text = path.read_text(encoding="utf-8")
         d = json.loads(text) if str(path).endswith(".json") else yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except FileNotFoundError: raise UserError("not_found", path=path, what="a file of prompt types", do="Check --prompt-type-path.") from None
-    except (ValueError, yaml.YAMLError) as e: raise UserError("bad_prompt_file", path=path, why=" ".join(str(e).split())) from None
-    if isinstance(d, dict) and all(isinstance(v, dict) for v in d.values()) and d: return d
-    if isinstance(d, list) and d and all(isinstance(e, dict) and isinstance(e.get("name"), str) for e in d): return d
-    raise UserError("bad_prompt_file", path=path, why=f"found {type(d).__name__}")
+    except FileNotFoundError: raise UserError("not_found", path=path, what=phrase("want_types"), do=phrase("do_types")) from None
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as e: raise bad(" ".join(str(e).split())) from None
+    if not isinstance(d, dict | list) or not d: raise bad(phrase("found_type", type=type(d).__name__))
+    for k, v in d.items() if isinstance(d, dict) else ():
+        if not isinstance(v, dict) or not isinstance(k, str): raise bad(phrase("entry_type", name=k, type=type(v).__name__))
+    for n, e in enumerate(d if isinstance(d, list) else (), 1):
+        if not isinstance(e, dict) or not isinstance(e.get("name"), str): raise bad(phrase("item_type", n=n))
+    return d
 
 PROMPT_TYPES = PromptTypes(files("ascend_nb")/"prompt_types.yaml") # ModelLink's names
 

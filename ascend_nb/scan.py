@@ -8,12 +8,12 @@ __all__ = ['LOOKED_AT', 'Columns', 'second_guess', 'open_guessing', 'Scan', 'sca
 # %% ../nbs/15a_scan.ipynb #5ca9a379
 import re
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from .config import RowsConfig
 from .core import Progress, UserError, messages, phrase
-from .handlers import convert
-from .mixtures import open_source
+from .handlers import ASKS, TELLS, convert
+from .mixtures import LoadedRows, open_source
 from .rows import BadRows, read_rows
 from .templates import encode_pairs, encode_sft_many, load_prompt_types
 from .tokenizers import Tokenizer
@@ -50,9 +50,7 @@ messages(
     why_sounds=("no known form; {ask!r} and {tell!r} sound like question and answer", "不是已知格式；{ask!r} 与 {tell!r} 像是问与答"),
     why_longest=("no known form; {key!r} holds the longest texts", "不是已知格式；{key!r} 列的文本最长"),
 )
-_ASK = ("question", "query", "instruction", "prompt", "问题", "提问", "指令")
 _BESIDE = ("id", "idx", "index", "type", "source", "url", "language", "date") # what is said about a question, not the question
-_TELL = ("answer", "response", "output", "reply", "completion", "答案", "回答", "回复")
 
 def _text(v): return v if isinstance(v, str) else "\n".join(v) if isinstance(v, list) and v and all(isinstance(x, str) for x in v) else ""
 
@@ -61,7 +59,7 @@ def second_guess(cfg: RowsConfig, rows: list) -> tuple: # (cfg with a handler, w
     columns = dict.fromkeys(k for row in rows for k in row)
     texts = {k: sum(len(_text(row.get(k))) for row in rows) for k in columns}
     single = [k for k in columns if any(isinstance(row.get(k), str) and row[k] for row in rows) and not k.lower().endswith(_BESIDE)]
-    ask, tell = (next((k for k in single if any(w in k.lower() for w in words)), None) for words in (_ASK, _TELL))
+    ask, tell = (next((k for w in words for k in single if w in k.lower()), None) for words in (ASKS, TELLS))
     if ask and tell and ask != tell:
         return replace(cfg, handler_name="AlpacaStyleInstructionHandler", map_keys=dict(prompt=ask, response=tell)), phrase("why_sounds", ask=ask, tell=tell)
     key = max(texts, key=texts.get, default=None)
@@ -75,7 +73,9 @@ def open_guessing(cfg: RowsConfig, path: str) -> tuple: # (Source, cfg, why)
         return source, cfg, source.reason
     except UserError as e:
         if e.key != "no_guess": raise
-        found = second_guess(cfg, list(islice(read_rows(path, BadRows("skip")), 100)))
+        one = next((p.strip() for p in [path, *path.split(",")] if Path(p.strip()).exists()), path)
+        rows = LoadedRows(cfg.hf_datasets_params) if cfg.hf_datasets_params else read_rows(one, BadRows("skip"))
+        found = second_guess(cfg, list(islice(chain.from_iterable(rows.pieces()), 100)))
         if not found: raise
         return open_source(found[0], path, BadRows("report")), *found
 

@@ -12,7 +12,7 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from functools import cache
 from io import StringIO
 from pathlib import Path
-from .core import UserError, atomic_file, messages
+from .core import UserError, atomic_file, did_you_mean, messages
 
 # %% ../nbs/02_schema.ipynb #81e41034
 def knob(
@@ -130,7 +130,7 @@ def coerce(
         raise UserError("bad_type", name=".".join((*k.path, k.name)), got=v, kind=getattr(t, "__name__", t), help=k.help) from None
     if k.choices and v not in k.choices:
         near = difflib.get_close_matches(str(v), list(map(str, k.choices)), 1)
-        raise UserError("bad_choice", name=k.name, got=v, allowed=", ".join(map(str, k.choices)), hint=f" Did you mean {near[0]}?" if near else "")
+        raise UserError("bad_choice", name=k.name, got=v, allowed=", ".join(map(str, k.choices)), hint=did_you_mean(*near))
     if (k.low is not None and v < k.low) or (k.high is not None and v > k.high):
         raise UserError("bad_bound", name=k.name, got=v, low="-inf" if k.low is None else k.low, high="inf" if k.high is None else k.high, help=k.help)
     return v
@@ -154,7 +154,7 @@ def nearest(
 ) -> str: # " Did you mean …?" or ""
     "The end of an error sentence: the nearest known word."
     near = difflib.get_close_matches(word, list(known), 1, .5)
-    return f" Did you mean {near[0]}?" if near else ""
+    return did_you_mean(*near)
 
 # %% ../nbs/02_schema.ipynb #03486509
 def _derived(cfg) -> dict: return cfg.reasons() if hasattr(cfg, "reasons") else {}

@@ -123,6 +123,10 @@ class ModelConfig(ShapeConfig):
         if self.kv_lora_rank: return self.num_attention_heads, self.qk_nope_head_dim + self.qk_rope_head_dim, self.v_head_dim
         return self.num_key_value_heads, self.head_dim, self.head_dim
 
+    @property
+    def cache_sizes(self) -> tuple[int, int, int]: # heads and two sizes: what a cache keeps of a token
+        return (1, self.kv_lora_rank, self.qk_rope_head_dim) if self.kv_lora_rank else self.kv_sizes
+
 # %% ../nbs/02a_shapes.ipynb #bdc4e591
 @patch
 def is_moe(self: ModelConfig,

@@ -10,7 +10,7 @@ import csv, io, json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from .core import UserError, messages, one_of
+from .core import UserError, did_you_mean, messages, one_of
 
 # %% ../nbs/52_tasks.ipynb #819e3229
 def _text(path: Path) -> str:
@@ -117,7 +117,7 @@ def task_files(
 
 def _inside(task: Task, path: Path) -> str:
     "Point at the folder one level down that has the files."
-    return next((f" Did you mean {p}?" for p in sorted(path.iterdir()) if p.is_dir() and any(p.glob(task.files))), "")
+    return next((did_you_mean(p) for p in sorted(path.iterdir()) if p.is_dir() and any(p.glob(task.files))), "")
 
 messages(no_task_files=("Found {got} in {path}; expected {files}. Pass the folder that holds them, or one such file, as --data-path.{hint}",
                         "{path} 中有 {got}；应有 {files}。请将 --data-path 指向包含这些文件的目录或其中一个文件。{hint}"))

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 import numpy as np
 from .answers import NotedTemplate, Reader, called
-from .core import UserError, in_notebook, messages, one_of
+from .core import UserError, in_notebook, messages, one_of, phrase
 from .jinja_chat import plain_message
 from .prompt_types import PROMPT_TYPES, get_prompt_type, jinja_of, load_prompt_types
 from .tokenizers import Tokenizer
@@ -51,6 +51,11 @@ def pick_template(
 messages(
     lost=("The chat template of {path} does not write {what}, so it would not be learned. {do}",
           "{path} 的对话模板没有写出 {what}，因此不会被学习。{do}"),
+    lost_do=("Choose --prompt-type, or a chat_template.jinja that does.", "请选择能写出它的 --prompt-type 或 chat_template.jinja。"),
+    lost_call=("the call of {name!r}", "对 {name!r} 的调用"), lost_result=("what a tool returned", "工具返回的结果"), lost_thought=("the thought of an answer", "回答的思考内容"),
+    thought_alone=("Found an answer that is nothing but a thought in the chat {chat!r}, and enable_thinking=false leaves thoughts out; expected words to learn. "
+                   "Change the row, or --enable-thinking.",
+                   "对话 {chat!r} 中有只含思考内容的回答，而 enable_thinking=false 会去掉思考；应有可学习的内容。请修改该行或 --enable-thinking。"),
 )
 _THOUGHT, _EMPTY = re.compile(r"<think>(.*?)</think>", re.S), "<think>\n\n</think>\n\n"
 _REASON = ("reasoning_content", "thinking", "reasoning")
@@ -69,16 +74,16 @@ def _prepared(message: dict, noted: NotedTemplate, thinking: str) -> dict: # a n
 
 def _check_kept(said: list, text: str, places: dict, tokenizer: Tokenizer) -> None:
     "Calls, their results and the last thought must be in the text."
-    def lost(what): return UserError("lost", path=tokenizer.path, what=what, do="Choose --prompt-type, or a chat_template.jinja that does.")
+    def lost(what, **facts): return UserError("lost", path=tokenizer.path, what=phrase(what, **facts), do=phrase("lost_do"))
     for i, m in enumerate(said):
         start, end, _ = places.get(i, (0, 0 if places else len(text), 0))
         for c in m.get("tool_calls") or ():
-            if (name := called(c)["name"]) not in text[start:end]: raise lost(f"the call of {name!r}")
-        if m["role"] == "tool" and start == end and not any(word in text for word in m.get("content", "x").split()): raise lost("what a tool returned")
+            if (name := called(c)["name"]) not in text[start:end]: raise lost("lost_call", name=name)
+        if m["role"] == "tool" and start == end and not any(word in text for word in m.get("content", "x").split()): raise lost("lost_result")
     m = said[-1]
     inner = _THOUGHT.search(m.get("content", "")) if m["role"] == "assistant" else None
     thought = (m.get("reasoning_content") or (inner[1] if inner else "")).strip() if m["role"] == "assistant" else ""
-    if thought and thought not in text: raise lost("the thought of an answer")
+    if thought and thought not in text: raise lost("lost_thought")
 
 # %% ../nbs/11b_templates.ipynb #a1f33cde
 messages(
@@ -87,6 +92,7 @@ messages(
                   "对话 {chat!r} 中没有可学习的内容：{why}；应有 role 为 assistant 的回答并由模板写出。请检查数据行与模板。"),
     half_char=("Found half a character (a \\ud8xx without its second half) in the chat {chat!r}; expected whole characters. Mend the row.",
                "对话 {chat!r} 中有半个字符（缺少后半的 \\ud8xx）；应为完整字符。请修正该行。"),
+    not_learned=("all its answers are marked as not learned", "所有回答都标记为不学习"), left_out=("the template leaves the answer out", "模板没有写出回答"), nobody=("nobody answers", "没有回答"),
 )
 
 @dataclass
@@ -150,12 +156,13 @@ def _cut(text: str, cuts: list, tokenizer: Tokenizer) -> tuple: # (ids, offsets)
         ids += more; offsets += [(x + a, y + a) for x, y in places]
     return ids, offsets
 
+def _bare(m): return m["role"] == "assistant" and not (str(m.get("content") or "").strip() or m.get("tool_calls") or m.get("reasoning_content")) # says nothing
+
 def _first_words(record) -> str: return " / ".join(f"{m['role']}: {m.get('content')}" for m in record.messages)[:80]
 
 def _nothing(record, spans):
-    why = ("all its answers are marked as not learned" if spans else
-           "the template leaves the answer out" if any(m["role"] == "assistant" for m in record.messages) else "nobody answers")
-    return UserError("nothing_said", chat=_first_words(record), why=why)
+    why = "not_learned" if spans else "left_out" if any(m["role"] == "assistant" for m in record.messages) else "nobody"
+    return UserError("nothing_said", chat=_first_words(record), why=phrase(why))
 
 # %% ../nbs/11b_templates.ipynb #cda34380
 class _Writer:
@@ -178,6 +185,7 @@ class _Writer:
     def __call__(self, record: Record) -> tuple: # (text, [(start, end)], stops)
         "A chat as text, the answers to learn, and ends of answers behind which the next token is one for the eos."
         said = self.prepared(record.messages, record.tools)
+        if self.thinking == "false" and any(_bare(m) and not _bare(was) for m, was in zip(said, record.messages)): raise UserError("thought_alone", chat=_first_words(record))
         text, spans, places = self.reader(record.tools).spans(said, record.tools)
         _check_kept(said, text, places, self.tokenizer)
         last = max((i for i, m in enumerate(said) if m["role"] == "assistant"), default=None)

@@ -27,7 +27,7 @@ class Pair:
 # %% ../nbs/10a_turns.ipynb #cc52ef30
 messages(
     a_type=("a {type}", "{type} 类型的值"), a_list_of=("a list that holds a {type}", "含有 {type} 的列表"),
-    in_turn=("{what} in turn {n}", "第 {n} 轮的 {what}"), no_turns=("no turns", "空对话"), either=("{a} or {b}", "{a} 或 {b}"),
+    in_turn=("{what} in turn {n}", "第 {n} 轮的 {what}"), under=("{what} under {key!r}", "{key!r} 下的 {what}"), no_turns=("no turns", "空对话"), either=("{a} or {b}", "{a} 或 {b}"),
     turn_first=("{what} first", "{what} 作为首轮"), turn_last=("{what} last", "{what} 作为末轮"),
     turn_behind=("{what} behind {before}", "{before} 之后的 {what}"), want_caller=("an answer that calls it", "调用它的回答"),
     part_type=("a part of type {type!r}", "类型为 {type!r} 的片段"), want_parts=("text, or a list of parts", "文本或由片段组成的列表"),
@@ -95,13 +95,13 @@ def _silent(record):
     answered = False
     for m in record.messages:
         answered = answered or m["role"] == "assistant"
-        if m["role"] in ("user", "assistant") and not m["content"].strip() and "tool_calls" not in m: return True
+        if m["role"] in ("user", "assistant") and not (m["content"].strip() or "tool_calls" in m or m.get("reasoning_content", "").strip()): return True
     return not answered
 
 def filled(
     record: Record | Pair # a chat, or two
 ) -> Record | Pair | None: # itself; None where a question or an answer is empty
-    "Leave out a chat in which somebody says nothing. An answer that only calls a tool says something."
+    "Leave out a chat in which somebody says nothing. An answer that only calls a tool, or only thinks, says something."
     silent = _silent(record.chosen) or _silent(record.rejected) if isinstance(record, Pair) else _silent(record)
     return None if silent else record
 
@@ -138,7 +138,7 @@ def _calls(value, key, n):
     calls, out = _parsed(value, key, n), []
     for c in calls if isinstance(calls, list) else [calls]:
         f = c.get("function", c) if isinstance(c, dict) else {}
-        args = _parsed(f.get("arguments", {}), key, n, "want_calls") if isinstance(f, dict) else None
+        args = _parsed(f.get("arguments") or {}, key, n, "want_calls") if isinstance(f, dict) else None # a call without any may say null or ""
         if not isinstance(args, dict) or not isinstance(f.get("name"), str): raise BadCell(key, _at(shown(value), n), phrase("want_calls"))
         out.append(({"id": c["id"]} if c.get("id") else {}) | dict(type="function", function=dict(name=f["name"], arguments=args)))
     return out
@@ -174,13 +174,14 @@ def sharegpt_messages(
         if not isinstance(text, str): raise BadCell(key, _at(shown(m), n + 1), phrase("want_value", key=tags["content_tag"]))
         if role == "system": said = text
         elif role == "function": out.append(dict(role="assistant", content="", tool_calls=_calls(text, key, n + 1)))
-        else: out.append(dict(role=role, content=text))
+        else: out.append(dict(role=role, content=text) | ({"reasoning_content": _thought(v, key, n + 1)} if role == "assistant" and (v := m.get("reasoning_content")) else {}))
     if len(out) % 2 == answered:
         last = phrase("turn_last", what=repr(turns[-1].get(tags["role_tag"]))) if out else phrase("no_turns")
         raise BadCell(key, last, phrase("turn_last", what=named(_ANSWERS if answered else _ASKS)))
     return ([dict(role="system", content=said)] if said else []) + out
 
 # %% ../nbs/10a_turns.ipynb #343c7f7e
+_THOUGHT = ("reasoning_content", "thinking", "reasoning") # names of the same thing
 _ROLES = dict(system="system", developer="system", user="user", assistant="assistant", tool="tool", function="tool")
 
 def _content(m, key, n):
@@ -190,13 +191,18 @@ def _content(m, key, n):
     if not isinstance(v, list) or not all(isinstance(p, dict) for p in v): raise BadCell(key, _at(shown(v), n), phrase("want_parts"))
     parts = {"text": [], "reasoning": [], "tool_call": []}
     for p in v:
-        kind = p.get("type")
+        kind = "reasoning" if p.get("type") == "thinking" else p.get("type")
         if kind not in list(parts): raise BadCell(key, _at(phrase("part_type", type=kind), n), phrase("want_text_part"))
-        value = p.get("value", p.get("text", p.get(kind)))
+        value = p.get("value", p.get("text", p.get(p["type"])))
         if kind != "tool_call" and not isinstance(value, str): raise BadCell(key, _at(shown(p), n), phrase("want_value", key="text"))
         parts[kind].append(value)
     return "".join(parts["text"]), parts["reasoning"], [_parsed(c, key, n) for c in parts["tool_call"]]
 
+def _thought(v, key, n):
+    if not isinstance(v, str): raise BadCell(key, _at(shown(v), n), phrase("want_value", key=_THOUGHT[0]))
+    return v
+
+# %% ../nbs/10a_turns.ipynb #5af2154a
 def _message(m, key, n):
     "One message, in the form of a Record."
     role, (text, thoughts, calls) = m.get("role"), _content(m, key, n)
@@ -204,7 +210,7 @@ def _message(m, key, n):
     out = dict(role=_ROLES[role], content=text)
     calls = m.get("tool_calls") or [c for c in [m.get("function_call")] if c] or calls
     if calls: out["tool_calls"] = _calls(calls, key, n)
-    if thought := m.get("reasoning_content") or "".join(thoughts): out["reasoning_content"] = cell(dict(thought=thought), "thought")
+    if thought := next((m[k] for k in _THOUGHT if m.get(k)), "".join(thoughts)): out["reasoning_content"] = _thought(thought, key, n)
     out |= {k: m[k] for k in ("tool_call_id", "name") if out["role"] == "tool" and m.get(k)}
     weight, answer = m.get("loss_weight"), out["role"] == "assistant"
     if weight not in (None, 0, 1) or (weight == 1 and not answer): raise BadCell(key, _at(f"loss_weight {weight}", n), phrase("want_weight"))
@@ -253,6 +259,10 @@ def moss_turns(
     "The turns of a MOSS chat, without its markers. Raises BadCell for anything but a dict."
     turns = row[key]
     if not isinstance(turns, dict): raise BadCell(key, _type(turns), phrase("want_moss"))
-    said = [(cell(t, "Human"), cell(t, "MOSS")) for t in turns.values() if isinstance(t, dict)]
+    def number(k): return int((re.findall(r"\d{1,9}", str(k)) or [0])[-1]) # by number, not in the order of the file, where turn_10 may come before turn_2
+    turns = [(k, turns[k]) for k in sorted(turns, key=number) if turns[k] is not None]
+    for k, t in turns:
+        if not isinstance(t, dict): raise BadCell(key, phrase("under", what=_type(t), key=k), phrase("want_moss"))
+    said = [(cell(t, "Human"), cell(t, "MOSS")) for _, t in turns]
     said = [(q.replace("<eoh>", "").replace("<|Human|>:", "").strip(), a.replace("<eom>", "").replace("<|MOSS|>:", "").strip()) for q, a in said]
     return [t for t in said if all(t)]

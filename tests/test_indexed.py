@@ -1,14 +1,18 @@
 """The .bin/.idx pair: against a real file, against Megatron-LM itself, and against everything that can break."""
 import os
+import shutil
 import struct
 import subprocess
 import sys
+from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from ascend_nb.core import UserError
-from ascend_nb.indexed import DTYPES, IndexedReader, IndexedWriter, best_dtype, commit_all, pairs_like, write_together
+from ascend_nb.indexed import DTYPES, JOURNAL, IndexedReader, IndexedWriter, best_dtype, commit_all, pairs_like, write_together
+from ascend_nb.parts import work_folder
 
 MCORE = "megatron-core is absent: pip install --no-deps --target DIR megatron-core==0.6.0, then put DIR on PYTHONPATH"
 
@@ -177,6 +181,61 @@ except UserError as e: print(e.text("en"))
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.startswith("Cannot write") and "File too large" in out
     assert not os.listdir(tmp_path)
+
+
+def killed_at(k, job):
+    "Run `job` in a forked process that dies as by SIGKILL at its k-th change of the folder; was it killed?"
+    pid = os.fork()
+    if pid: return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+    left = [k]
+    def deadly(f):
+        def call(*args, **kw):
+            left[0] -= 1
+            if left[0] < 0: os._exit(9)
+            return f(*args, **kw)
+        return call
+    try:
+        for name in ("replace", "unlink", "rmdir"): setattr(os, name, deadly(getattr(os, name)))
+        job()
+        os._exit(0)
+    finally: os._exit(1)
+
+
+def state(names):
+    "What a reader finds: the tokens of every pair, or None where one is refused."
+    try: return [IndexedReader(n).tokens.tolist() for n in names]
+    except UserError: return None
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_killed_between_the_final_names_over_an_older_set(tmp_path, kept):
+    "Old, new or refused, never a mixture; the next run makes it whole, whatever it was."
+    def write(ids):
+        names = [tmp_path / n for n in ("a", "b", "c")]
+        def job():
+            with work_folder(tmp_path / "out", dict(ids=ids)) if kept else nullcontext([None]) as (folder, *_):
+                writers = [IndexedWriter(n, work=folder and folder / n.name) for n in names]
+                for w in writers: w.add_many([ids, ids])
+                commit_all(*writers)
+        return job
+    names, old, new = [tmp_path / n for n in ("a", "b", "c")], [[1, 2, 1, 2]] * 3, [[7, 8, 9, 7, 8, 9]] * 3
+    seen = set()
+    for k in range(100):
+        for p in tmp_path.iterdir(): shutil.rmtree(p) if p.is_dir() else p.unlink()
+        write([1, 2])()
+        died = killed_at(k, write([7, 8, 9]))
+        found = state(names)
+        assert found in (old, new, None)
+        seen.add(str(found))
+        left = list(tmp_path.glob(f".*/**/{JOURNAL}"))
+        if found is None: assert left and "run it again" in str(pytest.raises(UserError, IndexedReader, next(n for n in names if not Path(f"{n}.idx").exists())).value)
+        if kept:
+            with work_folder(tmp_path / "out", {}): pass # the next run, whatever it is, even before it writes
+            assert state(names) == (new if left else found)
+        write([7, 8, 9])()
+        assert state(names) == new and not list(tmp_path.glob(f".*/**/{JOURNAL}"))
+        if not died: break
+    assert not died and len(seen) == 3
 
 
 def test_commit_all_needs_every_pair_finished(tmp_path):

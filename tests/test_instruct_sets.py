@@ -41,7 +41,7 @@ def test_sft_samples_without_an_answer_are_left_out(tmp_path, capsys):
     prefix = write_sft(tmp_path / "x", [(3, 5), (9, 4), (7, 4), (8, 1)])
     ds = SFTDataset(prefix, 8, num_samples=8)
     assert set(ds.index.tolist()) == {0, 2} and len(ds) >= 8
-    assert "3 of 4 samples are longer than seq_length=8" in (err := capsys.readouterr().err) and "2 have no answer" in err and "13 tokens" in err
+    assert "longer than seq_length=8, which are cut on the right: 3 of 4" in (err := capsys.readouterr().err) and "left out: 2." in err and "13 tokens" in err
     with pytest.raises(UserError, match="longest sample has 13"): SFTDataset(prefix, 3)
 
 

@@ -6,6 +6,7 @@ import logging
 import os
 import pickle
 import random
+import re
 import subprocess
 import sys
 import types
@@ -49,18 +50,61 @@ def test_draws_are_those_of_datasets(tmp_path, lengths, probs, strategy, seed):
     theirs = [Dataset.from_list([dict(text=f"{s}.{i}") for i in range(k)]) for s, k in enumerate(lengths)]
     stop = dict(interleave_under="first_exhausted", interleave_over="all_exhausted")
     want = concatenate_datasets(theirs) if strategy == "concat" else interleave_datasets(theirs, probabilities=chance, seed=seed, stopping_strategy=stop[strategy])
-    cfg = RowsConfig(mix_strategy=strategy, interleave_probs=chance or [])
+    cfg = RowsConfig(mix_strategy=strategy, interleave_probs=[] if strategy == "concat" else chance or [])
     assert texts(open_source(cfg, write(tmp_path, lengths), seed=seed)) == want["text"][:]
 
 
-def test_a_draw_counts_rows_that_are_left_out(tmp_path):
-    "As LLaMA-Factory: it draws rows, and drops the unusable ones after."
+@pytest.mark.parametrize("stop", ["under", "over"])
+@pytest.mark.parametrize("probs", [[], [.4, .6]])
+@pytest.mark.parametrize("step", [300, 1 << 20])
+def test_a_draw_is_a_usable_row(tmp_path, monkeypatch, stop, probs, step):
+    "Bad and empty rows take no draw from their part: the draws are those of `datasets` over the rows that can be used; each bad row is told once, though rows come again."
     from datasets import Dataset, interleave_datasets
+    monkeypatch.setattr("ascend_nb.rows.CHUNK", step)
+    monkeypatch.setattr("ascend_nb.mixtures.CHUNK", step)
     rows = [[dict(text="" if (i + s) % 3 == 0 else f"{s}.{i}") if i % 5 else dict(text=7) for i in range(20 + 9 * s)] for s in range(2)]
-    theirs = interleave_datasets([Dataset.from_list([dict(text=str(r["text"])) for r in one]) for one in rows], probabilities=[.4, .6], seed=3, stopping_strategy="all_exhausted")
-    source = open_source(RowsConfig(mix_strategy="interleave_over", interleave_probs=[.4, .6], on_bad_row="report"), write(tmp_path, [20, 29], lambda s, i: rows[s][i]), seed=3)
-    assert texts(source) == [t for t in theirs["text"] if t not in ("", "7")]
-    assert sorted(x["row"] for x in source.bad.examples) == sorted(f"row {i + 1} of {s}.jsonl" for s in range(2) for i in range(len(rows[s])) if i % 5 == 0), "once each, though rows came again"
+    usable = [Dataset.from_list([r for r in one if r["text"] not in ("", 7)]) for one in rows]
+    theirs = interleave_datasets(usable, probabilities=probs or None, seed=3, stopping_strategy=dict(under="first_exhausted", over="all_exhausted")[stop])
+    names, cfg = write(tmp_path, [20, 29], lambda s, i: rows[s][i]), RowsConfig(mix_strategy=f"interleave_{stop}", interleave_probs=probs, on_bad_row="report")
+    source = open_source(cfg, names, seed=3)
+    pieces = [(p.items, p.left_out, source.bad.count) for p in source.pieces()]
+    assert [x["text"] for items, *_ in pieces for x in items] == theirs["text"][:]
+    told = [x["row"] for x in source.bad.examples]
+    assert len(set(told)) == len(told) == source.bad.count and set(told) <= {f"row {i + 1} of {s}.jsonl" for s in range(2) for i in range(0, len(rows[s]), 5)}
+    if stop == "over": assert len(told) == 4 + 6 and sum(n for _, n, _ in pieces) == sum(r["text"] == "" for one in rows for r in one)
+    for start in range(len(pieces)):
+        again = open_source(cfg, names, seed=3)
+        assert [p.items for p in again.pieces(start)] == [items for items, *_ in pieces[start:]] and again.bad.count == source.bad.count - (pieces[start - 1][2] if start else 0)
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_max_samples_and_bad_rows_of_a_resumed_run(tmp_path, monkeypatch, loaded):
+    "Rows that are no rows, and rows that the handler refuses: a run that goes on at any piece tells each once. The same through datasets.load_dataset, which takes no broken lines."
+    monkeypatch.setattr("ascend_nb.rows.CHUNK", 400)
+    lines = [json.dumps(dict(text=f"{i}" if i % 7 else "", n=None if i % 5 else "x", list=None if i % 11 else ["a"])) for i in range(600)]
+    if not loaded: lines[3::20] = ["not JSON"] * len(lines[3::20])
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    (tmp_path / "args.json").write_text(json.dumps(dict(path="json", data_files=str(tmp_path / "a.jsonl"), cache_dir=str(tmp_path / "cache"))))
+    cfg = RowsConfig(max_samples=550 if loaded else 333, on_bad_row="report", handler_name="OddTest", hf_datasets_params=str(tmp_path / "args.json") if loaded else None)
+
+    def read(start=0):
+        source = open_source(cfg, str(tmp_path / "a.jsonl"))
+        return [(source.index, p.items, p.rows_read, p.left_out, [x["row"] for x in source.bad.examples]) for p in source.pieces(start)], source
+
+    whole, source = read()
+    assert sum(p[2] for p in whole) == cfg.max_samples and len(whole) > 1 and [p[0] for p in whole] == list(range(len(whole))) and source.bad.count > 20
+    for start in range(1, len(whole)):
+        rest, again = read(start)
+        before = whole[start - 1][4]
+        assert [p[:4] for p in rest] == [p[:4] for p in whole[start:]] and [p[4] for p in rest] == [p[4][len(before):] for p in whole[start:]]
+        assert again.bad.count == source.bad.count - len(before)
+
+
+@handler("OddTest", "text", ("text",))
+def odd_test(row):
+    "a text that is not divisible by 9"
+    if row["text"].isdigit() and int(row["text"]) % 9 == 0: raise BadCell("text", row["text"], "another number")
+    return dict(text=row["text"]) if row["text"] else None
 
 
 def test_small_pieces_change_nothing(tmp_path, monkeypatch):
@@ -233,7 +277,9 @@ def test_mistakes(tmp_path):
         with pytest.raises(UserError, match=says): list(open_source(RowsConfig(**cfg), names))
     bad("expected 2 numbers above 0", mix_strategy="interleave_under", interleave_probs=[1])
     bad("expected 2 numbers above 0", mix_strategy="interleave_over", interleave_probs=[1, 0])
-    bad("add up to 1", mix_strategy="interleave_over", interleave_probs=[.5, .6])
+    for probs in ([.5, .6], [1.5, -.5], [0, 0], [float("nan"), 1], [.2, .3, .5], [.5]): bad("numbers above 0 that add up to 1", mix_strategy="interleave_over", interleave_probs=probs)
+    bad("interleave_probs=.* with mix_strategy=concat; expected several data sets", interleave_probs=[.5, .5])
+    bad("interleave_probs=.* with one data set; expected several data sets", f"{tmp_path}/0.jsonl", interleave_probs=[1], mix_strategy="interleave_over")
     bad("without --dataset-dir", handler_name="LlamaFactoryInstructionHandler")
     bad("Found handler_name='AlpacaStyleInstructionHandler'", dataset_dir=str(tmp_path), handler_name="AlpacaStyleInstructionHandler")
     bad("Found nothing at .*dataset_info.json", dataset_dir=str(tmp_path))
@@ -242,11 +288,11 @@ def test_mistakes(tmp_path):
     bad("no column 'question' in .*0.jsonl, which has text; map_keys calls prompt so", map_keys={"prompt": "question"})
     (tmp_path / "more").mkdir()
     bad("expected those of a known form", write(tmp_path / "more", [1], lambda s, i: dict(n=i)))
-    for text, says in (("{", "is not a registry"), ("[]", "it holds a list")):
+    for text, says in (("{", "is not a registry"), ("[]", "it holds a list"), ('{"a": "a.json"}', "a is a str"), ('{"a": {"file_name": "x", "columns": ["q"]}}', "a.columns is a list"), ("[" * 99_999, "is not a registry")):
         (tmp_path / "dataset_info.json").write_text(text)
         bad(says, "a", dataset_dir=str(tmp_path))
     (tmp_path / "empty.jsonl").write_text("no\n")
-    bad("Found no rows", f"{tmp_path}/1.jsonl,{tmp_path}/empty.jsonl", mix_strategy="interleave_over", on_bad_row="skip", handler_name="GeneralPretrainHandler")
+    bad("Found no usable row in .*empty.jsonl; .* The first: Line 1", f"{tmp_path}/1.jsonl,{tmp_path}/empty.jsonl", mix_strategy="interleave_over", on_bad_row="skip", handler_name="GeneralPretrainHandler")
     with pytest.raises(ValueError, match="splittable"): open_source(RowsConfig(max_samples=1), names, part=(0, 2))
 
 
@@ -273,6 +319,12 @@ def test_rows_of_load_dataset(shared_data, tmp_path):
     args.write_text(json.dumps(dict(path="csv", data_files="absent.csv")))
     with pytest.raises(UserError, match="load_dataset could not use .*FileNotFound"): LoadedRows(args)
     with pytest.raises(UserError, match="Found nothing at"): LoadedRows(tmp_path / "absent.json")
+    (tmp_path / "head.csv").write_text("text,n\n")
+    args.write_text(json.dumps(dict(path="csv", data_files=str(tmp_path / "head.csv"), streaming=True)))
+    with pytest.raises(UserError, match="Found no rows in .*args.json"): list(LoadedRows(args).pieces())
+    (tmp_path / "cut.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    args.write_text(json.dumps(dict(path="json", data_files=str(tmp_path / "cut.jsonl"), streaming=True)))
+    with pytest.raises(UserError, match="cannot read on behind row 0|could not use"): list(open_source(cfg, ""))
 
 
 def test_identity(tmp_path):
@@ -321,6 +373,54 @@ def test_identity_sees_what_is_read_and_how(tmp_path):
     assert seen[0] != seen[1] == seen[2]
 
 
+def load_file(path, name="loose"):
+    "As importlib's documentation loads a file: the module is in nobody's list."
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_identity_of_handlers_from_anywhere(tmp_path):
+    "From a file that is no module's, typed into an interpreter, a partial, an object: an identity, which a rewrite changes, also one of what the handler calls."
+    (tmp_path / "a.json").write_text('[{"q": "q", "a": "a"}]')
+    def identity(): return open_source(RowsConfig(handler_name="LooseTest"), str(tmp_path / "a.json")).identity()
+    mine = "from ascend_nb.handlers import handler\nfrom helper_of_loose import clean\n@handler('LooseTest', 'text')\ndef mine(row):\n    'mine'\n    return dict(text=clean(row['{}']))\n"
+    seen = []
+    for column, word in (("q", "strip"), ("a", "strip"), ("a", "lower"), ("a", "lower")):
+        (tmp_path / "helper.py").write_text(f"def clean(x): return x.{word}()\n")
+        sys.modules["helper_of_loose"] = load_file(tmp_path / "helper.py", "helper_of_loose")
+        (tmp_path / "loose.py").write_text(mine.format(column))
+        load_file(tmp_path / "loose.py")
+        seen.append(identity())
+    del sys.modules["helper_of_loose"]
+    assert seen[0] != seen[1] != seen[2] == seen[3]
+    typed = []
+    for word, least in (("q", 1), ("a", 1), ("a", 2), ("a", 2)):
+        exec(f"def typed(row):\n    'typed'\n    return dict(text=row['{word}'] * least if row['{word}'] in {{'q', 'a', 'b'}} else '')", scope := dict(least=least))
+        handler("LooseTest", "text")(scope["typed"])
+        typed.append(identity())
+    assert typed[0] != typed[1] != typed[2] == typed[3]
+    from functools import partial
+    for made in (partial(lambda by, row: dict(text=row["q"] * by), 2), type("Made", (), dict(__call__=lambda self, row: dict(text=row["q"])))()):
+        made.__doc__ = "made"
+        handler("LooseTest", "text")(made)
+        assert identity() == identity() and identity() not in (*seen, *typed)
+    del HANDLERS["LooseTest"]
+
+
+def test_identity_of_loaded_rows(tmp_path):
+    "The data behind the arguments counts, not the arguments alone."
+    seen = []
+    for streaming in (False, True):
+        (tmp_path / "args.json").write_text(json.dumps(dict(path="json", data_files=str(tmp_path / "a.jsonl"), streaming=streaming, cache_dir=str(tmp_path / "cache"))))
+        for text in ("a", "b"):
+            (tmp_path / "a.jsonl").write_text(json.dumps(dict(text=text)))
+            def identity(): return open_source(RowsConfig(hf_datasets_params=str(tmp_path / "args.json")), "").identity()
+            assert identity() == identity() not in seen
+            seen.append(identity())
+
+
 def test_prompt_types(tmp_path):
     names = write(tmp_path, [1, 1], lambda s, i: dict(instruction="q", output="a"))
     assert open_source(RowsConfig(handler_name="GeneralInstructionHandler"), names).prompt_type == "modellink_alpaca"
@@ -332,6 +432,20 @@ def test_list_of_handlers_is_complete():
                  "SharegptStyleInstructionHandler", "OpenAIInstructionHandler", "LlamaFactoryInstructionHandler", "BelleMultiTurnInstructionHandler", "MOSSInstructionHandler", "MOSSMultiTurnHandler",
                  "LeetcodePythonInstructionHandler", "AlpacaStylePairwiseHandler", "SharegptStylePairwiseHandler"]
     assert set(modellink) <= set(HANDLERS)
+
+
+@pytest.mark.parametrize("name, data, cfg", [
+    ("none.jsonl", None, {}), ("a.pdf", b"x", {}), ("a.csv", b"a,a\n1,2\n", {}), ("a.csv", b"text\na,b\n", {}), ("a.json", b'[{"text": "a"', {}), ("a.json", b'[{"text": "\xff"}]', {}), ("a.jsonl", b'{"text": }\n', {}),
+    ("a.jsonl", b"[1]\n", {}), ("a.parquet", b"PAR1", {}), ("a.jsonl", b'{"n": 1}\n', {}), ("a.jsonl", b'{"text": "a"}\n', dict(interleave_probs=[.5, .5])), ("a.jsonl", b'{"text": "a"}\n', dict(map_keys=dict(prompt="q"))),
+    ("a.jsonl", b'{"text": "a"}\n', dict(dataset_dir=".")), ("a.jsonl", b'{"text": "a"}\n', dict(hf_datasets_params="none.json")), ("a.jsonl", b'{"text": "a"}\n', dict(json_keys=["n"], handler_name="GeneralPretrainHandler"))])
+def test_what_is_wrong_is_said_in_chinese(tmp_path, monkeypatch, name, data, cfg):
+    "All of the sentence, but for names, values and what other libraries say."
+    monkeypatch.setenv("ASCEND_NB_LANG", "zh")
+    monkeypatch.chdir(tmp_path)
+    if data is not None: Path(name).write_bytes(data)
+    with pytest.raises(UserError) as e: list(open_source(RowsConfig(**cfg), name))
+    prose = re.sub(r"（[^（）]*）" if name in ("a.parquet",) or b"}" in (data or b"")[-3:] else r"\x00", "", str(e.value))
+    assert re.search("[\u4e00-\u9fff]", prose) and not re.search(r"\b(expected|a file|folder|Check|the|found|nothing|with|names|early|cells|registry|arguments)\b", prose), prose
 
 
 MEMORY = """

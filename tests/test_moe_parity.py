@@ -15,7 +15,7 @@ from ascend_nb.core import UserError
 from ascend_nb.datasets import Loader, Sample, collate_gpt
 from ascend_nb.experts import MoE, balance_loss, expert_load, load_balancing_loss
 from ascend_nb.families import config_from_hf, config_to_hf
-from ascend_nb.generate import Memory, next_ids
+from ascend_nb.generate import Memory, choose, next_ids
 from ascend_nb.hf_format import load_model, open_weights, save_model
 from ascend_nb.layers import Rope
 from ascend_nb.losses import causal_lm_loss
@@ -377,8 +377,8 @@ def test_real_configs(name, shared_data):
     cfg, kind = config_from_hf(d), d.pop("model_type")
     with torch.device("meta"): theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **d))
     assert cfg.num_params() == sum(p.numel() for p in theirs.parameters()) == PUBLISHED[name]
-    entries = hf_entries(cfg)
-    assert sum(math.prod(hf_shape(e, cfg)) for e in entries) == PUBLISHED[name] + (cfg.topk_method == "noaux_tc") * cfg.num_experts * sum(
+    entries, shapes = hf_entries(cfg), canonical_shapes(cfg)
+    assert sum(math.prod(hf_shape(e, cfg, shapes)) for e in entries) == PUBLISHED[name] + (cfg.topk_method == "noaux_tc") * cfg.num_experts * sum(
         cfg.is_moe(i) for i in range(cfg.num_hidden_layers))
     assert config_from_hf(config_to_hf(cfg)) == cfg
     with torch.device("meta"): ours = Decoder(replace(cfg, num_hidden_layers=cfg.first_k_dense_replace + 1))  # a whole one has thousands of modules
@@ -464,11 +464,12 @@ def test_training_lowers_the_loss(kind):
 @pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe", "deepseek_v2", "deepseek_v3"])
 def test_generation_with_a_cache_is_generation_without(kind):
     model, prompt = randomised(tiny(kind)).eval(), ids(12)[0].tolist()
-    got = list(next_ids(model, prompt, SampleConfig(do_sample=False), 12, Memory(model)))
+    cfg, draws = SampleConfig(task="do_sample", temperature=1.0, top_k=0, top_p=1.0), [torch.Generator().manual_seed(5) for _ in range(2)]
+    got = list(next_ids(model, prompt, cfg, 12, Memory(model), draws[0]))
     plain = list(prompt)
     with torch.no_grad():
-        for _ in range(12): plain.append(model(torch.tensor([plain]))[0, -1].argmax().item())
-    assert got == plain[12:] and len(set(got)) > 2, got
+        for _ in range(12): plain.append(choose(model(torch.tensor([plain]))[0, -1], cfg, draws[1]))
+    assert got == plain[12:] and len(set(got)) > 4, got
 
 
 def test_experts_begin_alike_whoever_holds_them():

@@ -179,7 +179,7 @@ def test_published_template_through_the_whole_run(shared_data, chatml, tmp_path)
 def test_pairs(shared_data, chatml, tmp_path, name):
     "Four files: transformers' ids of both chats, labels where the last answer stands."
     path, theirs = shared_data / "instruct" / name, hf(chatml)
-    out = run(config(path, chatml, tmp_path / "p", append_eod=False), json=True)
+    out = run(config(path, chatml, tmp_path / "p", append_eod=False, on_bad_row="skip"), json=True) # three pairs are one answer twice
     keys = ("chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_labels")
     assert out["files"] == [str(tmp_path / f"p_packed_{k}_document") for k in keys] and out["data_path"] == str(tmp_path / "p") and out["kind"] == "pair"
     files = [IndexedReader(f)[:] for f in out["files"]]
@@ -190,8 +190,8 @@ def test_pairs(shared_data, chatml, tmp_path, name):
     else:
         rows = [(sum(([dict(role="user", content=q), dict(role="assistant", content=a)] for q, a in r["history"]), []) +
                  [dict(role="user", content="\n".join(filter(None, (r["instruction"], r["input"]))))], *r["output"][:2]) for r in rows]
-    rows = [r for r in rows if r[1] and r[2]]
-    assert len(rows) == out["documents"] == len(files[0])
+    rows = [r for r in rows if r[1] and r[2] and r[1] != r[2]]
+    assert len(rows) == out["documents"] == len(files[0]) and out["bad_rows"] == (3 if "oaast" in name else 0)
     for i, (asked, *answers) in list(enumerate(rows))[::6]:
         head = theirs.apply_chat_template(asked, add_generation_prompt=True, return_dict=True)["input_ids"]
         for answer, ids, labels in zip(answers, (files[0][i], files[2][i]), (files[1][i], files[3][i]), strict=True):
@@ -220,13 +220,26 @@ def shout(row):
 """
 
 
-@pytest.mark.parametrize("where", ["module", "__main__"])
+LOOSE = """
+import importlib.util, sys
+from ascend_nb.config import PreprocessConfig
+from ascend_nb.preprocess import run
+spec = importlib.util.spec_from_file_location("mine", "elsewhere/mine.py")
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+"""
+
+
+@pytest.mark.parametrize("where", ["module", "__main__", "loose", "loose, registered"])
 def test_ones_own_handler_in_two_processes(shared_data, toks, tmp_path, where):
-    "By its module; from a script that is all there is, in one process."
+    "By its module; from a script that is all there is, or from a file that is on no path, in one process."
     (tmp_path / "x.jsonl").write_text((shared_data / "pretrain" / "c4_demo.jsonl").read_text(encoding="utf-8") * 3, encoding="utf-8")
-    (tmp_path / "mine.py").write_text(OWN)
+    home = tmp_path / ("elsewhere" if "loose" in where else "")
+    home.mkdir(exist_ok=True)
+    (home / "mine.py").write_text(OWN)
     call = f"print(run(PreprocessConfig(input={str(tmp_path / 'x.jsonl')!r}, tokenizer_name_or_path={str(toks['qwen2'])!r}, output_prefix={str(tmp_path / 'out')!r}, handler_name='ShoutHandler', n_subs=2), json=True)['parts'])"
-    (tmp_path / "script.py").write_text(("from mine import *\n" if where == "module" else OWN) + call)
+    begin = {"module": "from mine import *\n", "__main__": OWN, "loose": LOOSE, "loose, registered": LOOSE + "sys.modules['mine'] = module\n"}
+    (tmp_path / "script.py").write_text(begin[where] + call)
     p = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True)
     assert p.stdout.strip() == ("2" if where == "module" else "1"), p.stderr
     from ascend_nb.tokenizers import load_tokenizer

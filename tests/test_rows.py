@@ -111,7 +111,7 @@ BROKEN = [
     ("a.txt", b"", "no rows"), ("a.csv", b"text,n\n", "no rows"), ("a.jsonl", b"\n\n", "no rows"),
     ("a.txt", b"fine\nfine\nnot \xb0 fine\n", "line 3 holds the byte 0xb0"), ("a.txt", "half 好".encode()[:-1], "line 1 holds"),
     ("a.csv", b"text\n\xff\n", "line 2 holds the byte 0xff"), ("a.jsonl", b'{"text": "\xff"}', "line 1 holds"),
-    ("a.csv", b'text,n\n"a,1\nb,2\n', "Line 2 of .*unexpected end of data"), ("a.csv", b"text,n\na,1\nb,2,3\n", "Line 3 .*3 cells under 2 names"),
+    ("a.csv", b'text,n\n"a,1\nb,2\n', "Line 2 of .*unexpected end of data"), ("a.csv", b"text,n\na,1\nb,2,3\n", "Line 3 .*3 cells where the header names 2"),
     ("a.parquet", b"PAR1 no more", "cannot be read as Parquet"), ("a.arrow", b"ARROW1 no more", "cannot be read as Arrow"), ("a.arrow", b"", "cannot be read as Arrow"),
     ("a.pdf", b"x", r"expected files of one of .parquet"),
 ]
@@ -257,6 +257,64 @@ def test_utf8_lines_of_text(tmp_path):
     bad = BadRows("report")
     assert [r["text"] for r in read_rows(tmp_path / "x.txt", bad)] == ["好", "也好"]
     assert "line 2 holds the byte 0xbb" in bad.examples[0]["why"]
+
+
+GB = "坏".encode("gb18030")
+
+
+@pytest.mark.parametrize("step", [7, 60, 1 << 20])
+@pytest.mark.parametrize("name, text, says", [
+    ("x.csv", b"text,n\nfine,1\nbad " + GB + b",2\n\n\"two\nlines\",3\n\"bad\n" + GB + b"\",4\na,b,c\nend,6\n", ["line 3 holds the byte 0xbb", "line 8 holds the byte 0xbb", "Line 9 .*3 cells where the header names 2"]),
+    ("x.json", b'\xef\xbb\xbf[{"text": "fine"},\r\n {"text": "bad ' + GB + b'"}, {"text": "two\\nlines"},\n{"' + GB + b'": 1}, 7, {"text": "end"}]', [
+        "row 2 of x.json: 0xbb, byte 39 of the file, in line 2", "row 4 of x.json: 0xbb, byte 71 of the file, in line 3", "Found a int as row 5"])])
+def test_bytes_that_are_not_utf8_cost_their_row(tmp_path, monkeypatch, name, text, says, step):
+    "As in .txt and .jsonl: the row is left out with its number, those behind it keep theirs, however many readers there are."
+    monkeypatch.setattr("ascend_nb.rows.CHUNK", step)
+    file = tmp_path / name
+    file.write_bytes(text)
+    if name == "x.json": assert [text[i - 1] for i in (39, 71)] == [0xbb] * 2
+    bad = BadRows("report")
+    pieces = shares(file, 1, bad)
+    assert [r["text"] for _, p, _ in pieces for r in p] == ["fine", "two\nlines", "end"]
+    assert [where.where(i) for _, p, where in pieces for i in range(len(p))] == [f"row {n} of {name}" for n in (1, 3, 6)]
+    assert [x["row"] for x in bad.examples] == [f"row {n} of {name}" for n in (2, 4, 5)]
+    for x, want in zip(bad.examples, says, strict=True): assert re.search(want, x["why"]), x
+    for n in (2, 3):
+        more = BadRows("report")
+        assert [x[:2] for x in shares(file, n, more)] == [x[:2] for x in pieces]
+        assert sorted(x["why"] for x in more.examples) == sorted(x["why"] for x in bad.examples)
+    with pytest.raises(UserError, match=says[0]): list(read_rows(file))
+
+
+@pytest.mark.parametrize("name, data, says", [
+    ("x.csv", b"text," + GB + b"\na,b\n", "line 1 holds the byte 0xbb"), ("x.csv", b'text\n"a' + GB, "line 2 holds the byte 0xbb"),
+    ("x.json", '[{"text": "好"}]'.encode("utf-16"), "row 1 of x.json: 0xff, byte 1 of the file, in line 1"), ("x.json", b'[{"a": 1},\n{"a" ' + GB + b': 2}]', "row 2 of x.json: 0xbb, byte 17 of the file, in line 2")])
+def test_bytes_that_break_the_file(tmp_path, name, data, says):
+    "Where no row can be told from the next, the file ends in a sentence, whatever is asked of bad rows."
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError, match=says): list(read_rows(tmp_path / name, BadRows("skip")))
+
+
+@pytest.mark.parametrize("form", [".parquet", ".arrow"])
+def test_text_that_is_not_utf8_in_a_table(tmp_path, form):
+    "A table is read whole, so it ends; the sentence names the row."
+    import pyarrow as pa
+    import pyarrow.parquet
+    rows = [b"fine"] * 30 + [GB] + [b"fine"] * 5
+    table = pa.table({"n": range(36), "text": pa.array(rows, pa.binary()).view(pa.string())})
+    if form == ".parquet": pa.parquet.write_table(table, tmp_path / "x.parquet", row_group_size=20)
+    else:
+        with pa.OSFile(str(tmp_path / "x.arrow"), "wb") as f, pa.ipc.new_stream(f, table.schema) as w: w.write_table(table, max_chunksize=9)
+    with pytest.raises(UserError, match=f"x{form} cannot be read as .*row 31: .*UTF8"): list(read_rows(tmp_path / f"x{form}", BadRows("skip")))
+
+
+def test_a_file_of_bad_rows_is_not_empty(tmp_path, monkeypatch):
+    "Whoever reads may begin to count anew after every piece: a file behind it that holds bad rows alone is still no empty file."
+    monkeypatch.setattr("ascend_nb.rows.CHUNK", 12)
+    for name, text in (("a", "no\nno\nno\nno\n{}\n"), ("b", "no\nno\n")): (tmp_path / f"{name}.jsonl").write_text(text)
+    bad, told = BadRows("skip"), 0
+    for _ in read_rows(tmp_path, bad).pieces(): told += bad.count; bad.forget()
+    assert told == 6
 
 
 def test_places_travel(tmp_path, monkeypatch):

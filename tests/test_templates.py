@@ -340,10 +340,52 @@ def test_modellinks_own_file(ends, tmp_path):
 
 @pytest.mark.parametrize("text, says", [("a: [", "cannot be read"), ("- x", "found list"), ("a: {user: 'Q'}", "would be lost"), ("a: {user: 'Q {{text}}'}", "Found {{text}}"),
                                         ("a: {user: 3}", "expected text"), ("a: {thinking: 'yes'}", "expected true or false"), ("a: {like: chatmll}", "Did you mean chatml"),
-                                        ("a: {tool_format: qwin}", "Did you mean qwen"), ("a: {users: x}", "the key users"), ("", "found NoneType")])
+                                        ("a: {tool_format: qwin}", "Did you mean qwen"), ("a: {users: x}", "the key users"), ("", "found NoneType"),
+                                        ("a: {like: b}\nb: {like: c}\nc: {like: b}", "like going round: a → b → c → b"), ("a: {like: a}", "Found like='a'"), ("a: {like: 5}", "Found like=5"),
+                                        ("b: 5\na: {like: chatml}", "the entry b is a int"), ("5: {user: x}", "the entry 5 is a dict"), ("a: {5: x}", "the key 5"), ("a: {stop_words: end}", "expected a list of texts"),
+                                        ("a: {stop_words: [1]}", "expected a list of texts"), ("a: {needs: 5}", "expected a list of texts"), ("a: {user: [{tok: x}]}", "expected text, or a list of texts"),
+                                        ("a: {user: [5]}", "expected text, or a list of texts"), ("a: {user: [[]]}", "expected text, or a list"), ("a: {user: {slots: 5}}", "expected text, or a list"),
+                                        ("a: {user: '{{content}}', replace_eos: true}", "replace_eos without stop_words"), ("a: {tool_format: x}\ntool_formats: {x: 5}", "expected a mapping"),
+                                        ("tool_formats: 5", "the entry tool_formats is a int"), ("a: {template_class: [x]}", "template_class x"), ("a: {tool_format: [x]}", "tool_format='x'"),
+                                        ("[" * 3000, "cannot be read"), ("a: !!python/name:os.system x", "cannot be read"), ("{}", "found dict"), ("- {name: a}\n- {user: x}", "item 2 has no name")])
 def test_prompt_type_files_that_are_wrong(text, says, tmp_path, ends):
     (tmp_path / "p.yaml").write_text(text)
     with pytest.raises(UserError, match=re.escape(says)): encode_sft(chat([("q", "a")]), ends, "a", prompt_types=load_prompt_types(tmp_path / "p.yaml"))
+
+
+@pytest.mark.parametrize("lang", ["en", "zh"])
+def test_prompt_type_paths_that_are_wrong(lang, tmp_path, monkeypatch):
+    "A folder, a cut JSON file, bytes that are no text, nothing: a sentence in the reader's language."
+    monkeypatch.setenv("ASCEND_NB_LANG", lang)
+    (tmp_path / "cut.json").write_text('[{"name": ')
+    (tmp_path / "gb.yaml").write_bytes("坏: {user: x}".encode("gb18030"))
+    zh = lang == "zh"
+    for name, says in ((".", "这是一个目录" if zh else "it is a folder"), ("cut.json", "Expecting value"), ("gb.yaml", "utf-8"), ("none.yaml", "prompt type 文件" if zh else "a file of prompt types")):
+        with pytest.raises(UserError, match=says) as e: load_prompt_types(tmp_path / name)
+        assert zh == bool(re.search("[\u4e00-\u9fff]", str(e.value).replace("坏", ""))), e.value
+
+
+ODD = [None, 5, True, "x", "", [], {}, [5], [[]], [{}], ["bos_token"], [["bos_token"]], [{"token": 5}], {"slots": 5}, {"slots": [[5]]}, {"slots": ["x"], "tool_format": 7}, {"tool_format": ["qwen"]}, 1.5]
+
+
+def test_any_file_of_prompt_types_is_one_or_a_sentence(tmp_path):
+    "Whatever stands in a file: prompt types whose template compiles, or UserError."
+    import random
+
+    from ascend_nb.answers import noted_template
+    rng, made = random.Random(0), 0
+    keys = ["user", "format_user", "assistant", "system", "function", "observation", "prefix", "separator", "default_system", "stop_words", "efficient_eos", "replace_eos", "merge_system", "thinking",
+            "trim", "call", "tools", "between", "needs", "like", "tool_format", "template_class", "format_tools", "force_system", "odd"]
+    for _ in range(800):
+        entry = {k: rng.choice([*ODD, "chatml", "{{content}}", ["x"]]) for k in rng.sample(keys, rng.randint(0, 4))}
+        d = rng.choice([{"a": entry, "b": {"like": "a"}}, [{"name": "a", **entry}, {"name": "b", "like": "a"}], {"a": entry, "b": rng.choice(ODD)}, {"a": entry, "tool_formats": rng.choice(ODD)}])
+        (tmp_path / "p.json").write_text(json.dumps(d))
+        try:
+            types = load_prompt_types(tmp_path / "p.json")
+            for name in ("a", "b"): noted_template(types[name].jinja); made += 1
+        except UserError: pass
+        except KeyError as e: assert e.args == ("b",)
+    assert made > 50
 
 
 def test_missing_vocabulary_is_named(qwen, tmp_path):
@@ -411,6 +453,19 @@ def test_what_a_template_does_not_write_is_an_error(ends, shared_data):
     thought = [CHAT[0], dict(role="assistant", content="4", reasoning_content="two and two")]
     with pytest.raises(UserError, match="does not write the thought"): encode_sft(Record(thought), ends)
     assert learned(encode_sft(Record(thought), ends, enable_thinking="false"), ends) == ["assistant: 4\n"]
+
+
+@pytest.mark.parametrize("name", [None, "qwen3", "chatml", "default"])
+def test_an_answer_that_only_thinks(name, ends, qwen):
+    "The thought is learned; where thoughts are left out there is nothing to learn, and that is said."
+    ends.chat_template = load_tokenizer(qwen).chat_template
+    for m in (dict(role="assistant", content="", reasoning_content="hm"), dict(role="assistant", content="<think>\nhm\n</think>")):
+        record = Record([CHAT[0], m])
+        assert "<think>\nhm\n</think>" in learned(encode_sft(record, ends, name), ends)[0]
+        with pytest.raises(UserError, match="nothing but a thought"): encode_sft(record, ends, name, enable_thinking="false")
+    call = [dict(type="function", function=dict(name="f", arguments=dict(x=1)))]
+    said = [CHAT[0], dict(role="assistant", content="", reasoning_content="hm", tool_calls=call), dict(role="tool", content="4"), dict(role="assistant", content="4")]
+    if name != "chatml": assert '"x": 1' in "".join(learned(encode_sft(Record(said, TOOLS), ends, name, enable_thinking="false"), ends)), "a call is something to learn"
 
 
 THOUGHT = [dict(role="user", content="q1"), dict(role="assistant", content="a1", reasoning_content="hm 1"),
