@@ -36,7 +36,10 @@ def linear_backward(x, dy, w, mask):
     return dy @ w if mask[0] else None, d2.t() @ x2 if mask[1] else None, d2.sum(0) if mask[2] else None
 
 
-OTHERS = {"aten::matmul_backward": matmul_backward, "aten::linear_backward": linear_backward, "npu::get_npu_format": lambda x: 2}
+def gather_backward(dy, size, dim, index, sparse_grad=False): return dy.new_zeros(size).scatter_add_(dim, index, dy)
+
+
+OTHERS = {"npu::npu_gather_backward": gather_backward, "aten::matmul_backward": matmul_backward, "aten::linear_backward": linear_backward, "npu::get_npu_format": lambda x: 2}
 
 
 REFUSED = re.compile("not in libopapi|507899|in aclop only support")  # what a call says that torch_npu's host code let through to a card without kernels; without libopapi it turns to the old ones, which know less

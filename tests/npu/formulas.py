@@ -146,19 +146,18 @@ def _(x, weight, *, group_list=None, split_item=0, group_type=None, group_list_t
 def _(tokens, indices, num_out_tokens=None, padded_mode=False):
     order = indices.flatten().argsort(stable=True); k = 1 if indices.dim() == 1 else indices.shape[1]
     return tokens[order // k], order.argsort().int()
-@formula("npu_moe_token_permute_grad")
-def _(tokens, grad_permuted, indices, sorted_indices, padded_mode=False):
-    k = 1 if indices.dim() == 1 else indices.shape[1]
-    return grad_permuted[sorted_indices.long()].view(len(tokens), k, -1).sum(1)
+@formula("npu_moe_token_permute_grad_v2")
+def _(grad_permuted, sorted_indices, tokens, dtype, k, padded_mode=False): return grad_permuted[sorted_indices.long()].view(tokens, k, -1).sum(1).to(dtype)
 def unpermute(rows, back, probs):
     y = rows[back.long()]
     return y if probs is None else (y.view(*probs.shape, -1) * probs[..., None]).sum(1)
-@formula("npu_moe_token_unpermute", "_npu_moe_token_unpermute")
+@formula("npu_moe_token_unpermute")  # without gradient
 def _(rows, back, probs=None, padded_mode=False, restore_shape=None): return unpermute(rows, back, probs)
-@formula("npu_moe_token_unpermute_grad")
-def _(rows, dy, back, probs=None, padded_mode=False, restore_shape=None):
-    if probs is None: return grad(lambda r: unpermute(r, back, None), (rows,), dy)[0], rows.new_empty(0)
-    return tuple(grad(lambda r, p: unpermute(r, back, p), (rows, probs), dy))
+@formula("_npu_moe_token_unpermute")  # with
+def _(rows, back, probs=None, padded_mode=False, restore_shape=None): return unpermute(rows, back, probs), rows.clone()
+@formula("npu_moe_token_unpermute_grad_v2")
+def _(dy, back, n, dtype, probs=None, padded_mode=False, restore_shape=None, permuted_tokens=None):
+    return tuple(grad(lambda r, p: unpermute(r, back, p), (permuted_tokens, probs), dy))
 
 
 # ---- loss and optimizer
