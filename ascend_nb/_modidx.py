@@ -296,6 +296,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'ascend_nb.core.in_notebook': ('core.html#in_notebook', 'ascend_nb/core.py'),
                                 'ascend_nb.core.lang': ('core.html#lang', 'ascend_nb/core.py'),
                                 'ascend_nb.core.load_npu': ('core.html#load_npu', 'ascend_nb/core.py'),
+                                'ascend_nb.core.make_deterministic': ('core.html#make_deterministic', 'ascend_nb/core.py'),
                                 'ascend_nb.core.messages': ('core.html#messages', 'ascend_nb/core.py'),
                                 'ascend_nb.core.need': ('core.html#need', 'ascend_nb/core.py'),
                                 'ascend_nb.core.npu_count': ('core.html#npu_count', 'ascend_nb/core.py'),

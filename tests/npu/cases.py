@@ -1,5 +1,6 @@
 """Every way in which the package calls an NPU operator: one row a call, with the inputs that get gradients. Shared by the levels of the suite."""
 import torch
+import torch_npu  # noqa: F401  adds the device
 
 from ascend_nb import npu_experts, npu_fused, npu_kernels
 

@@ -1,5 +1,6 @@
 """Small models and batches for whole steps on the pretend card: a dense one, one of experts, latent attention, packed documents."""
 import torch
+import torch_npu  # noqa: F401  adds the device
 
 from ascend_nb import npu_kernels
 from ascend_nb.config import TrainConfig
