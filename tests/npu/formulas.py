@@ -101,7 +101,7 @@ def soft(q, k, v, scale, gone):  # (B, N, S, D); k and v have their own number o
     return (s if gone is None else s.masked_fill(gone, INF)).softmax(-1) @ v
 def documents(q, k, ends_q, ends_k):
     assert ends_q[0] and ends_k[0] and ends_q[-1] == len(q) and ends_k[-1] == len(k), "cumulative ends without a leading zero"
-    yield from zip(zip([0, *ends_q], ends_q), zip([0, *ends_k], ends_k), strict=False)
+    yield from zip(zip([0, *ends_q], ends_q, strict=False), zip([0, *ends_k], ends_k, strict=False), strict=True)
 def fused(q, k, v, heads, layout, scale, mask, mode, pre, nxt, ends_q, ends_k):
     if layout == "BNSD":
         assert q.shape[1] == heads
