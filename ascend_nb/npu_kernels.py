@@ -90,6 +90,7 @@ class _Rotary(torch.autograd.Function):
         cos, sin = ctx.saved_tensors
         return _turn(dq, cos, -sin), _turn(dk, cos, -sin), None, None
 
+# %% ../nbs/20_npu_kernels.ipynb #c6ee472d
 def _part(t): return t.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2) # neighbours -> the first of each pair, then the second
 def _weave(t): return t.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2) # and back
 
