@@ -149,6 +149,7 @@ messages(
                   "{folder} 中的 lm_head.weight 与词嵌入不同，而 config.json 指定了 tie_word_embeddings。请在 config.json 中将其设为 false。"),
 )
 
+# %% ../nbs/31_hf_format.ipynb #731214f4
 def _find(cfg, entries, weights): # name by `names` -> name in the file: a prefix may be missing
     short = may_lack(cfg)
     found = {e.hf: next((k for k in (e.hf, e.hf.removeprefix(short)) if k in weights), e.hf) for e in entries}

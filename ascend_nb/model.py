@@ -131,6 +131,7 @@ class Stack(nn.Module):
         if self.norm is None: return x
         return self.norm(x) if self.out_factor == 1 else self.norm(x) * self.out_factor
 
+# %% ../nbs/23_model.ipynb #525ff6d0
 messages(
     no_place=("Found a token at position {at}; expected at most {n} positions, the rows of the model's position table. Shorten the text.",
               "词元位于位置 {at}；该模型的位置表只有 {n} 行。请缩短文本。"),
@@ -139,7 +140,7 @@ messages(
                  "layer_types 有 {types} 项，而模型有 {layers} 层；应每层一项。请修改 layer_types 或 num_hidden_layers。"),
 )
 
-# %% ../nbs/23_model.ipynb #525ff6d0
+# %% ../nbs/23_model.ipynb #52ad943e
 class Decoder(nn.Module):
     "A causal language model. `lm_head` exists only where it is not the embedding's own matrix (`tie_word_embeddings`)."
     def __init__(self,
@@ -148,24 +149,6 @@ class Decoder(nn.Module):
         super().__init__()
         self.cfg, self.model = cfg, Stack(cfg)
         self.lm_head = None if cfg.tie_word_embeddings else Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
-
-    @property
-    def head_weight(self) -> Tensor: # (V, H), as it multiplies `hidden`
-        w = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-        return F.normalize(w) if self.cfg.norm_head else w
-
-    @property
-    def softcap(self) -> float | None: # logits are bent to c · tanh(logit / c); none: they are not
-        return self.cfg.final_logit_softcapping
-
-    def logits(self,
-        hidden: Tensor, # (..., H) from `hidden`
-        weight: Tensor | None = None # `head_weight`, where it is at hand already
-    ) -> Tensor: # (..., V)
-        "Hidden states to scores: the one way for everybody who does not call the whole model."
-        plain = weight is None and self.lm_head is not None and not self.cfg.norm_head
-        z = self.lm_head(hidden) if plain else linear(hidden, self.head_weight if weight is None else weight)
-        return z if self.softcap is None else torch.tanh(z / self.softcap) * self.softcap
 
     def hidden(self,
         input_ids: Tensor, # (B, S) int64
@@ -186,6 +169,26 @@ class Decoder(nn.Module):
         x = self.hidden(input_ids, position_ids, cu_seqlens, cache)
         if self.model.norm is None: return x
         return self.logits(x)
+
+# %% ../nbs/23_model.ipynb #76db3ce4
+@patch(as_prop=True)
+def head_weight(self: Decoder) -> Tensor: # (V, H), as it multiplies `hidden`
+    w = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+    return F.normalize(w) if self.cfg.norm_head else w
+
+@patch(as_prop=True)
+def softcap(self: Decoder) -> float | None: # logits are bent to c · tanh(logit / c); none: they are not
+    return self.cfg.final_logit_softcapping
+
+@patch
+def logits(self: Decoder,
+    hidden: Tensor, # (..., H) from `hidden`
+    weight: Tensor | None = None # `head_weight`, where it is at hand already
+) -> Tensor: # (..., V)
+    "Hidden states to scores: the one way for everybody who does not call the whole model."
+    plain = weight is None and self.lm_head is not None and not self.cfg.norm_head
+    z = self.lm_head(hidden) if plain else linear(hidden, self.head_weight if weight is None else weight)
+    return z if self.softcap is None else torch.tanh(z / self.softcap) * self.softcap
 
 # %% ../nbs/23_model.ipynb #4130289c
 def _draw(p, std, seed, name): # fill p from a generator of its own, on the CPU whatever p's device

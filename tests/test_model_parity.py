@@ -1,5 +1,6 @@
 "Every family against transformers: the same weights give the same logits and gradients, in both directions."
 import os
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -126,7 +127,7 @@ def test_saved_folder_opens_in_transformers(pair):
     again, info = AutoModelForCausalLM.from_pretrained(tmp / "ours", output_loading_info=True)
     assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     assert again.dtype == torch.float32 and type(again) is type(theirs)
-    assert all(torch.equal(p, q) for p, q in zip(again.parameters(), theirs.parameters()))
+    assert all(torch.equal(p, q) for p, q in zip(again.parameters(), theirs.parameters(), strict=True))
     again.config._attn_implementation = "eager"
     with torch.no_grad(): assert torch.equal(again(ids()).logits, theirs(ids()).logits)
 
@@ -152,8 +153,8 @@ def test_packed_documents(pair):
     theirs, ours, _ = pair
     if grows(theirs): pytest.skip("its frequencies depend on the longest text of the batch")
     x, cuts = ids(20), [0, 7, 12, 20, 33, 40] # the second row begins at 20
-    places = torch.cat([torch.arange(b - a) for a, b in zip(cuts, cuts[1:])]).view(2, 20)
-    docs = [x.flatten()[None, a:b] for a, b in zip(cuts, cuts[1:])]
+    places = torch.cat([torch.arange(b - a) for a, b in pairwise(cuts)]).view(2, 20)
+    docs = [x.flatten()[None, a:b] for a, b in pairwise(cuts)]
     with torch.no_grad():
         want = torch.cat([theirs(d).logits[0] for d in docs])
         close(ours(x, places, torch.tensor(cuts, dtype=torch.int32)).flatten(0, 1), want, 1e-5, "logits of packed documents")

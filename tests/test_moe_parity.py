@@ -127,10 +127,10 @@ def test_balancing_loss_is_transformers_and_megatrons():
     theirs = hf_class("mixtral", "load_balancing_loss_func")
     logits = [torch.randn(50, 8, generator=torch.Generator().manual_seed(i)) + torch.arange(8) * 0.3 for i in range(3)]
     chosen = [z.softmax(-1).topk(2, -1).indices for z in logits]
-    loads = [expert_load(z, c) for z, c in zip(logits, chosen)]
+    loads = [expert_load(z, c) for z, c in zip(logits, chosen, strict=True)]
     close(load_balancing_loss(loads), theirs(tuple(logits), 8, 2), 1e-6, "all layers together")
     megatron = importlib.import_module("megatron.core.transformer.moe.moe_utils").switch_load_balancing_loss_func
-    for z, c, load in zip(logits, chosen, loads):
+    for z, c, load in zip(logits, chosen, loads, strict=True):
         want = megatron(z.softmax(-1), torch.bincount(c.flatten(), minlength=8), 50, 2, 8, 1.0)
         close(load_balancing_loss([load]) / 2, want, 1e-6, "one layer, Megatron's divided by k")
 
@@ -221,7 +221,7 @@ class Rooms:
     def __init__(self): self.kept = None
 
     def update(self, slot, *new):
-        self.kept = new if self.kept is None else tuple(torch.cat(pair, 2) for pair in zip(self.kept, new))
+        self.kept = new if self.kept is None else tuple(torch.cat(pair, 2) for pair in zip(self.kept, new, strict=True))
         return self.kept
 
 
@@ -323,7 +323,7 @@ def our_parts(name, g):
     "Our names and parts of a tensor of transformers' whole model (whose experts are fused)."
     head, sep, inner = name.partition(".mlp.")
     if not sep: return {name: g}
-    if inner == "experts.gate_up_proj": return dict(zip((f"{head}.mlp.experts.gate_proj", f"{head}.mlp.experts.up_proj"), g.chunk(2, 1)))
+    if inner == "experts.gate_up_proj": return dict(zip((f"{head}.mlp.experts.gate_proj", f"{head}.mlp.experts.up_proj"), g.chunk(2, 1), strict=True))
     return {f"{head}.mlp.{our_name(inner)}": g}
 
 
