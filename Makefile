@@ -8,7 +8,7 @@ NAME   ?= $(word 2,$(MAKECMDGOALS))
 FLAGS  ?=
 SRC    := settings.ini setup.py constraints.txt
 
-.PHONY: quickstart setup dev test test-slow test-npu-schema bench sync readme nb-new nb-open nb-close nb-run clean
+.PHONY: quickstart setup dev test test-slow test-npu-schema npu-smoke bench sync readme nb-new nb-open nb-close nb-run clean
 
 quickstart: $(VENV)/.base  ## the whole life of a model on data_samples/, under five minutes
 	$(BIN)/ascend_nb quickstart --out quickstart_run
@@ -32,6 +32,7 @@ test: dev  ## notebooks, tests, sync check and lint
 	$(BIN)/nbdev-test --n-workers 2 --cell-timeout 600
 	$(BIN)/python -m pytest $$(ls tests/test_*.py | awk 'NR % 2') & half=$$!; \
 	$(BIN)/python -m pytest $$(ls tests/test_*.py | awk 'NR % 2 == 0'); code=$$?; wait $$half && exit $$code # two halves at once
+	bash .ci/npu_schema.sh --where-it-installs
 
 test-slow: dev  ## everything, the slow cells and tests too
 	$(BIN)/nbdev-test --n-workers 1 --cell-timeout 1800 --flags "slow data"
@@ -39,6 +40,9 @@ test-slow: dev  ## everything, the slow cells and tests too
 
 test-npu-schema:  ## our NPU calls against torch_npu's own schemas, in an environment of its own
 	bash .ci/npu_schema.sh
+
+npu-smoke: dev  ## on a machine with an NPU: kernels, a short training, two cards; prints a report to paste
+	$(BIN)/python .ci/npu_smoke.py $(FLAGS)
 
 bench: dev  ## each claim of speed as one JSON line: a ratio and both raw figures
 	for f in bench/bench_*.py; do $(BIN)/python $$f || exit 1; done

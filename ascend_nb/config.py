@@ -164,6 +164,7 @@ class TrainConfig(OptimizerConfig):
     initial_loss_scale: float = knob(65536.0, low=1, advanced=True) # fp16 only: first loss scale
     device: str = "auto" # auto, npu, npu:1, cuda, cpu; only auto may fall back
     seed: int = 1234 # of weights, shuffling and dropout; Megatron's default
+    deterministic: bool = knob(False, advanced=True, flags=("--use-deter-comp=true", "--npu-deterministic=true")) # the same bits at every run: fixed orders of summing, which may be slower on an accelerator
     log_interval: int = knob(1, low=1) # steps between lines of metrics.jsonl
     eval_interval: int = knob(0, low=0) # steps between validations; 0: never
     eval_iters: int = knob(8, low=1) # micro-batches in one validation

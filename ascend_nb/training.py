@@ -13,7 +13,7 @@ from pathlib import Path
 from .blends import Loader, build_datasets, collate_for
 from .checkpoint import RunDir
 from .config import ModelConfig, RunConfig
-from .core import UserError, check_space, messages, rank_info, say, seed_all
+from .core import UserError, check_space, make_deterministic, messages, rank_info, say, seed_all
 from .convert import as_model
 from .dcp_format import is_step, model_folder, open_step
 from .families import check_length, check_vocab, config_from_hf, config_to_hf
@@ -152,6 +152,7 @@ def build(
     callbacks=() # more Callback objects than the usual ones
 ) -> Job:
     "Build a run. Raises UserError for whatever is wrong with it; writes nothing."
+    if cfg.train.deterministic: make_deterministic() # before anything makes a process group
     cfg, tokenizer = resolve(cfg)
     t, run = cfg.train, RunDir(cfg.train.save)
     mesh = fit_grid(cfg)

@@ -1,7 +1,7 @@
 """Write empty CANN libraries so that the real torch_npu can be imported without CANN: `python stand_ins.py FOLDER`.
 
-torch_npu links against six libraries of CANN and wants every symbol at load time. The stand-ins do nothing, and those that would compute, copy or allocate
-say that they failed, so nothing can pretend to have a result: only schemas, shape functions and autograd formulas, which live in torch_npu itself, can be used.
+torch_npu links against six libraries of CANN and wants every symbol at load time. `pretend_card.c` says what the few functions do that allocate and copy
+(memory of the host); whatever would compute refuses, so nothing can pretend to have a result; all other functions are empty and made here, by name.
 """
 import importlib.util
 import os
@@ -12,7 +12,8 @@ from pathlib import Path
 
 LIBS = ("libascendcl", "libhccl", "libacl_op_compiler", "libge_runner", "libgraph", "libacl_tdt_channel")
 FAILS = 507899  # an error code of the runtime
-WORKS = re.compile("Execute|Launch|Compile|Memcpy|Memset|Malloc")  # functions that would do something
+WORKS = re.compile("Execute|Launch|CompileAnd|Memcpy|Memset|Malloc")  # functions that would do something
+CARD = Path(__file__).with_name("pretend_card.c")
 
 
 def package(name): return Path(importlib.util.find_spec(name).origin).parent
@@ -48,7 +49,9 @@ def build(folder):
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
     names = missing()
     src = folder / "stand_ins.c"
-    src.write_text("".join(f"long {n}() {{ return {FAILS if WORKS.search(n) else 0}; }}\n" for n in names))
+    card = CARD.read_text(encoding="utf-8")
+    mine = set(re.findall(r"\b(\w+)\(", card)) | set(re.findall(r"\b(?:YES|NO)\((\w+)\)", card))
+    src.write_text(card + "".join(f"long {n}() {{ return {FAILS if WORKS.search(n) else 0}; }}\n" for n in names if n not in mine))
     for lib in LIBS:
         extra = [str(src)] if lib == LIBS[0] else ["-Wl,--no-as-needed", f"-L{folder}", "-lascendcl"]
         subprocess.run(["gcc", "-w", "-fPIC", "-shared", "-o", str(folder / f"{lib}.so"), f"-Wl,-soname,{lib}.so", *extra], check=True)
