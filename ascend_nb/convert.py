@@ -13,11 +13,12 @@ from pathlib import Path
 from .config import ModelLinkConvertConfig
 from .converters import OutFile, Target, hf_target, megatron_target, padded, run as execute
 from .core import UserError, human_bytes, messages, one_of, say
-from .families import check_vocab, config_from_hf, config_to_hf, read_json
+from .families import check_vocab, config_from_hf, read_json
 from .megatron_format import NUMBERS
 from .megatron_layout import FILE, TRACKER, Layout, noop_list
 from .megatron_names import Naming, qkv_picture
-from .megatron_source import FileSource, hf_files, names, open_hf, open_megatron
+from .megatron_source import FileSource, hf_files, open_hf, open_megatron
+from .shards import names
 
 # %% ../nbs/35_convert.ipynb #269e07c2
 messages(
@@ -56,7 +57,6 @@ MORE = ("lora", "dcp_format") # rooms that have rows of their own, SOURCES and T
 
 def _join(): # their rows
     for name in MORE:
-        if not importlib.util.find_spec(f"ascend_nb.{name}"): continue
         room = importlib.import_module(f"ascend_nb.{name}")
         for mine, theirs in ((SOURCES, "SOURCES"), (TARGETS, "TARGETS")): mine |= getattr(room, theirs, {})
 

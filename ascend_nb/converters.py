@@ -18,9 +18,10 @@ from .core import Progress, UserError, atomic_file, check_space, human_bytes, me
 from .megatron_format import NUMBERS, PtLayout, Stored, Word, from_float, numpy_type, safetensors_bytes, to_float
 from .megatron_layout import FILE, TRACKER, Layout, megatron_args
 from .megatron_names import Naming, Placed, hf_placed, qkv_picture, rank_tensors
-from .megatron_source import FileSource, close_files, hf_files, names, same_block, spelled, tied_head
+from .megatron_source import FileSource, close_files, hf_files, same_block, spelled, tied_head
 from .names import canonical_shapes
 from .shapes import ModelConfig
+from .shards import SAFE, deal, index_text, names
 
 # %% ../nbs/33_converters.ipynb #7c3fbc08
 class SafeLayout:
@@ -333,21 +334,11 @@ def hf_target(
     files, texts = [], dict(texts)
     if like and all(f.endswith(".safetensors") for f in like): files = _as_it_was(source, want, like, dtype)
     else:
-        shards = _deal([p.stored for p in want.values()], most)
-        files = [OutFile(name, SafeLayout(ts), {t.name: want[t.name] for t in ts}) for name, ts in shards.items()]
-        if len(shards) > 1:
-            where = {t.name: name for name, ts in shards.items() for t in ts}
-            texts["model.safetensors.index.json"] = json.dumps(dict(metadata=dict(total_size=sum(p.stored.nbytes for p in want.values())), weight_map=dict(sorted(where.items()))), indent=2) + "\n"
+        sizes = {k: p.stored.nbytes for k, p in want.items()}
+        shards = deal(sizes, most)
+        files = [OutFile(name, SafeLayout([want[k].stored for k in keys]), {k: want[k] for k in keys}) for name, keys in shards.items()]
+        if len(shards) > 1: texts[f"{SAFE}.index.json"] = index_text(sizes, shards)
     return Target(Path(folder), f"Hugging Face {source.cfg.model_type}", files, texts, dict(padding=dict(rows=source.cfg.vocab_size), files=len(files)))
-
-def _deal(tensors, most): # file name -> Stored, in order
-    shards, size = [[]], 0
-    for t in tensors:
-        if shards[-1] and size + t.nbytes > most: shards, size = [*shards, []], 0
-        shards[-1].append(t)
-        size += t.nbytes
-    if len(shards) == 1: return {"model.safetensors": shards[0]}
-    return {f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors": s for i, s in enumerate(shards)}
 
 def _as_it_was(source, want, like, dtype): # files with the headers of the original ones
     from ascend_nb.megatron_format import safetensors_header

@@ -15,8 +15,9 @@ from .core import UserError, messages
 from .families import config_from_hf, config_to_hf
 from .megatron_format import Stored, read_safetensors
 from .megatron_names import Block, Placed, matrix
-from .megatron_source import FileSource, names
+from .megatron_source import FileSource
 from .names import canonical_shapes
+from .shards import names
 from .schema import dump_yaml, load_yaml
 
 # %% ../nbs/34a_dcp_format.ipynb #1cc10d74

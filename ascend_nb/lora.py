@@ -19,8 +19,9 @@ from .families import read_json
 from .megatron_format import Stored, from_float, read_pt, read_safetensors, leaves, safetensors_bytes, to_float
 from .megatron_layout import FILE, Layout, find_iteration
 from .megatron_names import hf_placed, matrix, part_shape, rank_tensors
-from .megatron_source import _chunks, _grid, _naming, _stages, names
+from .megatron_source import _chunks, _grid, _naming, _stages
 from .names import canonical_shapes
+from .shards import names
 from .shapes import ModelConfig
 
 # %% ../nbs/34_lora.ipynb #2c581403

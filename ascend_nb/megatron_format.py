@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 import numpy as np
 from .core import UserError, human_bytes, messages
+from .shards import safetensors_head
 
 # %% ../nbs/32_megatron_format.ipynb #7a87ad91
 class Number(NamedTuple):
@@ -132,15 +133,9 @@ def safetensors_bytes(
     tensors: list # of Stored: names, shapes, types
 ) -> tuple[bytes, list]: # the header, and the tensors with their offsets
     "Lay out a file as the library does: by size of type, then by name."
-    order, at, head = list(_ORDER), 0, {"__metadata__": {"format": "pt"}}
-    tensors = sorted(tensors, key=lambda t: (order.index(t.dtype), t.name))
-    for t in tensors: head[t.name] = dict(dtype=NUMBERS[t.dtype].safe, shape=list(t.shape), data_offsets=[at, at := at + t.nbytes])
-    text = json.dumps(head, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    raw = struct.pack("<Q", len(text)) + text
-    return raw, [replace(t, offset=len(raw) + head[t.name]["data_offsets"][0]) for t in tensors]
-
-_ORDER = ("i64", "fp64", "fp32", "i32", "bf16", "fp16", "i16", "i8", "u8", "bool")
+    by = {t.name: t for t in tensors}
+    raw, where = safetensors_head({t.name: (NUMBERS[t.dtype].safe, t.shape, t.nbytes) for t in tensors})
+    return raw, [replace(by[k], offset=at) for k, at in where.items()]
 
 # %% ../nbs/32_megatron_format.ipynb #220359e1
 @dataclass(frozen=True)

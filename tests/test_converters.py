@@ -332,6 +332,18 @@ def test_damaged_sources_are_named(home, tmp_path, what):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hf"]
 
 
+def test_no_index_leads_out_of_its_folder(home, tmp_path):
+    "Neither is read what lies beside the folder, nor written beside the target, whichever folder the index belongs to."
+    go(home, tmp_path / "mg", "--to mcore")
+    evil = damaged(home, tmp_path, lambda d: (d / SHARD).rename(d.parent / "x.safetensors"))
+    index = evil / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace(SHARD, "../x.safetensors"))
+    before = sorted(tmp_path.rglob("*"))
+    for command in ((evil, tmp_path / "out/in", "--to mcore"), (tmp_path / "mg", tmp_path / "out/in", "--to hf --hf-config", evil)):
+        with pytest.raises(UserError, match=r"names \.\./x\.safetensors; expected names of files in the same folder"): go(*command)
+    assert sorted(p for p in tmp_path.rglob("*") if p.name != "out") == before
+
+
 WRONG = {
     "--to mcore --tp 4": "2 key/value heads", "--to mcore --tp 3": "tensor parallel size 3", "--to mcore --pp 3": "4 layers for pp 3", "--to mcore --pp 2 --num-layer-list 1,2": "add up to 4",
     "--to mcore --pp 2 --num-layer-list 2,2 --num-layers-per-virtual-pipeline-stage 1": "both", "--to mcore --noop-layers 9": "noop", "--to mcore --ep 2": "expert parallel size 2",

@@ -148,6 +148,9 @@ def test_shards_and_index(tmp_path):
     refused(folder, "model.ghost", "index.json", key="lost_shard")
     edit(index, weight_map={**full["weight_map"], "model.ghost": "model-00009.safetensors"})
     refused(folder, "model-00009.safetensors", key="lost_shard")
+    for name in ("../" + folder.name + "/model-00001-of-00007.safetensors", str(folder / "model-00001-of-00007.safetensors"), "..", "a\\b", 7, None):
+        edit(index, weight_map={**full["weight_map"], "model.ghost": name})
+        refused(folder, str(name), "in the same folder", key="shard_outside")
     index.write_text("{}")
     refused(folder, "weight_map")
     index.write_text("{")
