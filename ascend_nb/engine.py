@@ -16,6 +16,7 @@ from .core import UserError, messages
 from .datasets import Batch
 from .expert_parallel import attach_losses, deal_experts
 from .memory import save_memory
+from .mc2 import join_mc2
 from .mesh import Mesh, Sizes
 from .model import Decoder
 from .parallel import cut_model, kernels, tensor_kernels
@@ -39,7 +40,7 @@ def build_stages(
         if n > 1: cut_stage(model, layers[s], s == 0, s == n - 1)
         fill(model.to_empty(device="cpu"))
         deal_experts(model, mesh, p)
-        if mesh.sizes.tp > 1: cut_model(model, mesh, p.sequence_parallel)
+        if mesh.sizes.tp > 1: cut_model(model, mesh, p.sequence_parallel, join_mc2 if p.use_ascend_mc2 else None)
         out[s] = model.to(device)
     return out
 

@@ -182,14 +182,15 @@ def _words(module, mesh):
 def cut_model(
     model: nn.Module, # a Decoder, or a stage of it
     mesh: Mesh, # its tp axis
-    sequence: bool = False # sequence parallel
+    sequence: bool = False, # sequence parallel
+    join=None # (block, doors) -> (enter, leave), for doors inside the block; none: `doors.enter`, `doors.leave`
 ) -> nn.Module: # the same, cut in place
     "Tensor parallel. Every process must hold the same whole weights before."
     tp, doors, stack = mesh.dense["tp"], Doors(mesh.group("tp"), sequence), model.model
     for layer in stack.layers.values():
         for block in (layer.self_attn, layer.mlp):
             _cut_block(block, tp)
-            _wrap(block, doors.enter, doors.leave)
+            _wrap(block, *(join(block, doors) if join else (doors.enter, doors.leave)))
         for m in layer.children():
             if m not in (layer.self_attn, layer.mlp): Cut(summands=sequence)._apply(m, tp) # norms of the stream
     _cut_ends(model, tp, doors)

@@ -64,7 +64,7 @@ class Field:
         self.knob = k
         kw = dict(description=k.name, tooltip=k.help, style=_STYLE, layout=_WIDE)
         if plain_type(k.type) is bool: self.control = W.Checkbox(value=bool(value), indent=True, **kw)
-        elif k.choices: self.control = W.Dropdown(options=list(k.choices), value=value, **kw)
+        elif k.choices: self.control = W.Dropdown(options=[(str(c), c) for c in (*([None] if plain_type(k.type) is not k.type else []), *k.choices)], value=value, **kw)
         else: self.control = W.Text(value=to_text(value), placeholder=k.help, continuous_update=True, **kw)
         self.note = W.HTML(layout=W.Layout(display="none", margin="0 0 4px 234px"))
         self.box = W.VBox([self.control, self.note])
@@ -72,7 +72,7 @@ class Field:
 
     def read(self): # the value in its type
         "The field's value. Raises UserError."
-        return from_text(self.knob, self.control.value)
+        return self.control.value if self.knob.choices else from_text(self.knob, self.control.value) # a choice is offered in its type
 
     def complain(self,
         text: str # the reason; empty: none
