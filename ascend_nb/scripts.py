@@ -134,6 +134,7 @@ def _pick(script: Script, path: str) -> tuple: # the launch that counts, its com
         except UserError as e: bad = e
     raise bad
 
+# %% ../nbs/44c_scripts.ipynb #7d41dfa1
 def import_text(
     text: str, # of a script
     path: str = "script.sh", # its name, for messages
