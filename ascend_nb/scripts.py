@@ -288,6 +288,7 @@ def _split(argv: list, rules=()) -> tuple: # (words that `train` knows itself or
         (theirs if take else ours).append(w)
     return ours, words_to_flags(theirs)[0]
 
+# %% ../nbs/44c_scripts.ipynb #09e00a0d
 def train_words(
     argv: list # arguments of `ascend_nb train`
 ) -> list: # the same in our own flags
