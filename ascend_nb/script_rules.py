@@ -8,7 +8,7 @@ __all__ = ['SOFT', 'SHAPE_RULES', 'PREFERENCE', 'RUN_RULES', 'Draft', 'mlp_rule'
            'look_rule', 'stage_of', 'weights_rule', 'tokenizer_rule']
 
 # %% ../nbs/44b_script_rules.ipynb #cb520010
-import math
+import math, re
 from dataclasses import dataclass, field, fields
 from .core import UserError, messages, phrase
 from .families import config_to_hf
@@ -146,8 +146,13 @@ def expert_rule(
     d.set("model.moe_intermediate_size", wide, f.any("moe-intermediate-size moe-ffn-hidden-size ffn-hidden-size"))
     shared = f.number("moe-shared-expert-intermediate-size") or (wide or 0) * f.number("n-shared-experts", 0)
     d.set("model.shared_expert_intermediate_size", shared or None, f.any("moe-shared-expert-intermediate-size n-shared-experts"))
+    if "[" in f.text("moe-layer-freq", ""): # Megatron's pattern, [0]*3+[1]*58: 1 where a layer has experts
+        layers = [int(x) for part, n in re.findall(r"\[([\d, ]+)\](?:\s*\*\s*(\d+))?", f.text("moe-layer-freq")) for x in part.split(",") * int(n or 1)]
+        d.set("model.mlp_only_layers", [i for i, x in enumerate(layers) if not x], "moe-layer-freq")
+        first = layers.index(1) if 1 in layers else 0
+        if d.values["model.mlp_only_layers"] == [*range(first)]: del d.values["model.mlp_only_layers"]; d.set("model.first_k_dense_replace", first, "moe-layer-freq")
     for flag, low in (("first-k-dense-replace", 0), ("moe-layer-freq", 1)):
-        if flag in f: d.set(f"model.{flag.replace('-', '_')}", max(low, f.number(flag, low)), flag)
+        if flag in f and "[" not in f.text(flag, ""): d.set(f"model.{flag.replace('-', '_')}", max(low, f.number(flag, low)), flag)
 
 # %% ../nbs/44b_script_rules.ipynb #c20eef86
 def factor_rule(
