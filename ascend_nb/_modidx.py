@@ -826,6 +826,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'ascend_nb/launch_scripts.py'),
                                           'ascend_nb.launch_scripts._Scanner.until': ( 'launch_scripts.html#_scanner.until',
                                                                                        'ascend_nb/launch_scripts.py'),
+                                          'ascend_nb.launch_scripts._Scanner.upto': ( 'launch_scripts.html#_scanner.upto',
+                                                                                      'ascend_nb/launch_scripts.py'),
                                           'ascend_nb.launch_scripts._assign': ( 'launch_scripts.html#_assign',
                                                                                 'ascend_nb/launch_scripts.py'),
                                           'ascend_nb.launch_scripts._braces': ( 'launch_scripts.html#_braces',

@@ -95,6 +95,11 @@ class _Scanner:
     def told(self, key, **facts):
         note = phrase(key, line=self.line, **facts)
         if note not in self.out.notes: self.out.notes.append(note)
+    def upto(self, end: str, start: int) -> str: # the text before the next `end`; moves behind it
+        i = self.text.find(end, start)
+        if i < 0: raise UserError("sh_quote", quote=self.text[self.at:start], line=self.line)
+        self.at = i + len(end)
+        return self.text[start:i]
     def until(self, end: str, start: int) -> str: # the text from `start` to `end`, with brackets inside it closed; moves behind it
         i, level = start, 0
         while i < len(self.text):
@@ -136,7 +141,7 @@ def _braces(self, text: str) -> str | list:
 def _dollar(self, whole: bool = False) -> str | list:
     "Read what begins with `$` or a backquote, and move behind it."
     here = self.at
-    if self.see("`"): what = self.until("`", here + 1)
+    if self.see("`"): what = self.upto("`", here + 1)
     elif self.see("$(("):
         what = self.until("))", here + 3)
         what = re.sub(r"\$?\{?([A-Za-z_]\w*)\}?", lambda m: self.value(m[1]) or "0", what)
@@ -157,7 +162,7 @@ def _quoted(self, quote: str) -> list:
     "The pieces of a string in quotes: text, and lists for \"${A[@]}\". Moves behind it."
     begin, out = self.at, [""]
     self.at += 1
-    if quote == "'": out[0] = self.until("'", self.at); return out
+    if quote == "'": self.at = begin; out[0] = self.upto("'", begin + 1); return out
     while not self.see('"'):
         if self.at >= len(self.text) - 1: self.at = begin; raise UserError("sh_quote", quote=quote, line=self.line)
         if self.see("\\\n"):
@@ -307,7 +312,8 @@ class Launch:
 
     @property
     def world(self) -> int | None: # processes in all; none: not known
-        try: return int(self.options.get("nproc_per_node", 1)) * int(self.options.get("nnodes", 1))
+        if self.starter == "deepspeed" and "num_gpus" not in self.options: return None # all that it can see
+        try: return int(self.options.get("nproc_per_node") or self.options.get("num_gpus", 1)) * int(self.options.get("nnodes") or self.options.get("num_nodes", 1))
         except ValueError: return None
 
 def launches(

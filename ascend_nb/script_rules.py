@@ -102,6 +102,7 @@ _STRETCH = { # rope_type -> key of rope_scaling: (flags, default); None: the key
     "yarn": {"factor": ("rope-scaling-factor rotary-scaling-factor", 1.0), "original_max_position_embeddings": ("rope-scaling-original-max-position-embeddings original-max-position-embeddings", 4096),
              "beta_fast": ("rope-scaling-beta-fast beta-fast", None), "beta_slow": ("rope-scaling-beta-slow beta-slow", None),
              "mscale": ("rope-scaling-mscale mscale", None), "mscale_all_dim": ("rope-scaling-mscale-all-dim mscale-all-dim", None)},
+    "longrope": {"short_factor": ("short-factor", None), "long_factor": ("long-factor", None), "original_max_position_embeddings": ("rope-scaling-original-max-position-embeddings", 4096)},
     "linear": {"factor": ("rope-scaling-factor rotary-seq-len-interpolation-factor", 1.0)},
 }
 
@@ -115,6 +116,7 @@ def stretch_rule(
     if kind not in _STRETCH: d.tell("rule_stretch", got=kind, known=", ".join(_STRETCH)); return
     scaling, used = {"rope_type": kind}, []
     for key, (names, default) in _STRETCH[kind].items():
+        if "," in (f.text(names) or ""): scaling[key] = [float(x) for x in f.text(names).split(",")]; used.append(f.any(names)); continue
         n = f.number(names, default)
         if n is not None: scaling[key] = n if "max" in key else float(n)
         used.append(f.any(names))
@@ -193,9 +195,9 @@ def fitting_family(
     "The first family that can hold a shape. Raises UserError that says what stands in the way of the nearest ones."
     why = {}
     def fits(kind, soft):
-        try: config_to_hf(from_dict(ModelConfig, {**shape, **soft, "model_type": kind, "vocab_size": shape.get("vocab_size") or 32000}, "the script")); return soft
+        cfg = from_dict(ModelConfig, {**shape, **soft, "model_type": kind, "vocab_size": shape.get("vocab_size") or 32000}, "the script") # sizes that make no sense are told here
+        try: config_to_hf(cfg); return soft
         except UserError as e:
-            if e.key not in ("not_in_family", "odd_keys", "bad_key"): raise
             field = e.facts.get("field", "")
             why.setdefault(kind, field)
             return fits(kind, {**soft, field: e.facts["want"]}) if field in SOFT and field not in soft else None

@@ -34,6 +34,7 @@ messages(
                "有未知参数：{flags}。请从脚本中去掉，或不加 --strict 以导入其余部分。"),
     sc_no_command=("Found no command in {path} that starts training, inference, evaluation or conversion; expected a line such as `torchrun … pretrain_gpt.py …`. Name a launch script.{source}",
                    "{path} 中没有启动训练、推理、评估或转换的命令；应有形如 `torchrun … pretrain_gpt.py …` 的一行。请给出启动脚本。{source}"),
+    sc_more=("the script starts more than this, which is not imported: {names}", "脚本还启动了其他命令，没有导入：{names}"),
     sc_missing=("{knob} is not in the script", "脚本中没有 {knob}"),
     sc_hole=("--{flag} {got}: fill in a {kind}", "--{flag} {got}：请填入 {kind} 类型的值"),
 )
@@ -156,6 +157,7 @@ def _import(script: Script, path: str, new_weights: bool) -> Imported:
         name_family(d)
         for k in ("data.data_path", "train.train_iters"):
             if k not in d.values and "data.train_data_path" not in d.values: d.tell("sc_missing", knob=k)
+    if others := [one.file for one in launches(script) if one.args != launch.args or one.file != launch.file]: d.tell("sc_more", names=", ".join(others))
     return Imported(path, command, launch, d, config_of(d, command), [_fate(k, v, command) for k, v in dict(pairs).items()], script)
 
 # %% ../nbs/44c_scripts.ipynb #4086b80f
