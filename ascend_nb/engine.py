@@ -124,7 +124,8 @@ def _step(self: Engine,
     with kernels(**self.kernels):
         if self.line: self.line.step(self.mine, total)
         else:
-            for self.i, batch in enumerate(self.mine):
+            for i, batch in enumerate(self.mine):
+                self.i = i
                 self.tell(batch)
                 begin_backward(self.models[0], self.p.zero_stage, batch is self.mine[-1])
                 total(self.models[0], batch).backward()

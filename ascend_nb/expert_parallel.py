@@ -120,6 +120,7 @@ def _together(t, mesh): # sum over context parallel processes; each process keep
         return x
     return _Door.apply(t, add, lambda g: g / mesh.sizes.tp)
 
+# %% ../nbs/28_expert_parallel.ipynb #ba7c1285
 def router_notes(
     model: nn.Module # a model or a stage; its `MoE` layers have just run
 ) -> Tensor | None: # (2·E + 3,): tokens of each expert, sums of the probabilities, tokens, sum of squared log-sums, layers; None: nothing was noted
@@ -145,6 +146,7 @@ def router_term(
     tokens = tokens.detach()
     return cfg.router_aux_loss_coef * load_balancing_loss([(counts.detach(), probs, tokens)]) + z * squares * layers / tokens
 
+# %% ../nbs/28_expert_parallel.ipynb #74533d07
 def note_logits(
     model: nn.Module # its routers note what the z loss needs
 ) -> None:
@@ -157,7 +159,7 @@ def note_logits(
             return weights, chosen, logits
         m.router.forward = forward
 
-# %% ../nbs/28_expert_parallel.ipynb #ba7c1285
+# %% ../nbs/28_expert_parallel.ipynb #74a319b3
 def attach_losses(
     model: nn.Module, # a Decoder or a stage, cut already
     mesh: Mesh, # tp, cp
@@ -181,6 +183,7 @@ def attach_losses(
     model.model.forward = forward
     return model
 
+# %% ../nbs/28_expert_parallel.ipynb #ade988b8
 def has_router_losses(
     cfg: ModelConfig, # of the whole model
     p: ParallelConfig # moe_z_loss_coeff
