@@ -13,7 +13,7 @@ from ascend_nb.config import ModelConfig, ParallelConfig, TrainConfig
 from ascend_nb.core import UserError
 from ascend_nb.datasets import Loader, Sample, collate_gpt
 from ascend_nb.losses import causal_lm_loss
-from ascend_nb.mesh import Mesh, Sizes, check, launch
+from ascend_nb.mesh import Mesh, Sizes, check, free_port, launch
 from ascend_nb.parallel_trainer import ParallelTrainer
 
 NAMES = dict(tp="tensor_model_parallel_size", pp="pipeline_model_parallel_size", cp="context_parallel_size", ep="expert_model_parallel_size", sp="sequence_parallel",
@@ -127,3 +127,14 @@ def test_torchrun_trains_saves_and_another_grid_goes_on(shapes, samples):
     both = train(2, "four", "--train-iters", "8", "--resume", "must", "--lr-decay-iters", "8", "--zero-stage", "3")
     assert [r["step"] for r in both] == list(range(1, 9))
     assert max(abs(a["loss"] - b["loss"]) for a, b in zip(one, both, strict=True)) < 1e-4
+
+
+@pytest.mark.slow
+def test_two_launchers_are_two_hosts(shapes, samples):
+    folder, text = shapes
+    flags = command(folder, text, samples / "tokenizer", "--save", folder / "hosts", "--train-iters", "2", "--tensor-model-parallel-size", "2")
+    start = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "2", "--master-addr", "127.0.0.1", "--master-port", str(free_port())]
+    hosts = [subprocess.Popen([str(x) for x in (*start, "--node-rank", str(n), *flags)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) for n in range(2)]
+    ends = [(h.communicate(timeout=300), h.returncode) for h in hosts]
+    assert [code for _, code in ends] == [0, 0], ends
+    assert json.loads(ends[0][0][0])["steps"] == 2 and ends[1][0][0] == ""  # the first host tells, the other is quiet
