@@ -19,7 +19,7 @@ from ascend_nb.parallel_trainer import ParallelTrainer
 NAMES = dict(tp="tensor_model_parallel_size", pp="pipeline_model_parallel_size", cp="context_parallel_size", ep="expert_model_parallel_size", sp="sequence_parallel",
              zero="zero_stage", fsdp="fsdp_size", vp="num_layers_per_virtual_pipeline_stage", algo="context_parallel_algo", degree="ulysses_degree_in_cp",
              schedule="pipeline_schedule", layers="num_layer_list", factor="moe_expert_capacity_factor", pad="moe_pad_expert_input_to_capacity", z="moe_z_loss_coeff",
-             drop="moe_token_drop_policy", recompute="recompute_granularity", act="recompute_activation_function", swap="swap_attention", off="optimizer_offload", host="cpu_offload")
+             drop="moe_token_drop_policy", recompute="recompute_granularity", act="recompute_activation_function", method="recompute_method", n="recompute_num_layers", swap="swap_attention", off="optimizer_offload", host="cpu_offload")
 DYNAMIC = dict(max_position_embeddings=8, rope_scaling=dict(rope_type="dynamic", factor=2.))  # frequencies depend on the length of the whole text
 LONG = dict(max_position_embeddings=32, rope_scaling=dict(rope_type="longrope", short_factor=[1.] * 8, long_factor=[1.5] * 8, original_max_position_embeddings=14))
 RING, HYBRID = dict(algo="megatron_cp_algo"), dict(algo="hybrid_cp_algo", degree=2)
@@ -63,7 +63,10 @@ MATRIX = {
     "ep": (4, [case("moe", ep=4, zero=3, z=.001, model=dict(router_aux_loss_coef=.01)), case("moe", ep=2, tp=2, z=.001, model=dict(router_aux_loss_coef=.01)),
                case("moe", ep=2, cp=2, z=.001, model=dict(router_aux_loss_coef=.01)), case("moe", ep=2, factor=.7), case("moe", ep=4, factor=.7, pad=True, drop="position"),
                case("mla", ep=2, pp=2), case("mla", ep=4)]),
-    "memory": (4, [case("dense", recompute="full", tp=2, sp=True, zero=3), case("moe", recompute="selective", act=True, ep=2, model=dict(router_aux_loss_coef=.01)), case("dense", recompute="full", pp=2, swap=True)]),
+    "memory": (4, [case("dense", recompute="full", tp=2, sp=True, zero=3), case("moe", recompute="selective", act=True, ep=2, model=dict(router_aux_loss_coef=.01)), case("dense", recompute="full", pp=2, swap=True),
+                   case("llama", recompute="full", method="block", n=1, act=True, tp=2, sp=True, zero=2), case("dense", recompute="full", n=2, tp=2, pp=2),
+                   case("moe", act=True, swap=True, tp=2, ep=2, zero=1), case("mla", recompute="selective", swap=True, cp=2, **RING),
+                   *(case("dense", host=True, act=True, zero=z) for z in (1, 2, 3)), case("moe", host=True, ep=2, fsdp=2, zero=3)]),
     "curves": (4, [case(s, kind="curve", **kw) for s, kw in (("dense", dict(tp=2, sp=True, zero=3)), ("dense", dict(pp=2, tp=2)), ("moe", dict(ep=2, tp=2)), ("mla", dict(cp=2, pp=2)), ("moe", dict(off=True, tp=2, zero=2)), ("dense", dict(host=True, zero=3)))]),
     "16 bits": (4, [case(s, kind="curve", steps=5, dtype=d, **kw) for d in ("bf16", "fp16") for s, kw in (("dense", dict(tp=2, pp=2, sp=True)), ("moe", dict(ep=2, tp=2)), ("mla", dict(cp=2, zero=3)))]),
     "eight": (8, [case("llama", tp=2, pp=2, cp=2, sp=True, vp=1), case("moe", tp=2, cp=2, ep=4, zero=3, **RING), case("mla", tp=2, pp=2, ep=2, sp=True), case("dense", tp=2, fsdp=2, zero=3)]),
