@@ -91,10 +91,11 @@ def end(
     r = rank_info()
     if error is None or r.world_size == 1: leave(); return
     if isinstance(error, UserError):
-        if r.is_main or error.key not in TOLD_BY_ALL: say(f"ascend_nb: {'' if r.is_main else f'[rank {r.rank}] '}{error}")
+        if r.is_main or not (error.key in TOLD_BY_ALL or getattr(error, "told", False)): say(f"ascend_nb: {'' if r.is_main else f'[rank {r.rank}] '}{error}")
     else: traceback.print_exception(error)
     sys.stdout.flush(); sys.stderr.flush()
     os._exit(2 if isinstance(error, UserError) else 1) # destroying groups that others still wait in would hang
 
 TOLD_BY_ALL = {"mesh_misfit", "bad_world", "bad_fsdp", "bad_batch", "ranks_differ", "not_finite", "no_targets", "no_data_path", "no_vocab", "no_cp", "zbv_tied",
-               "bad_schedule", "dir_exists", "config_changed", "run_exists", "nothing_to_resume", "other_shape", "not_found"} # every process comes to the same
+               "bad_schedule", "many_world", "prompt_long", "prompt_empty", "prompt_outside", "foreign_tokenizer", "answer_too_long", "no_answer_tokens", "no_start_token",
+               "nan_scores", "dir_exists", "config_changed", "run_exists", "nothing_to_resume", "other_shape", "not_found"} # every process comes to the same
