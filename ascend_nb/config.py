@@ -110,7 +110,7 @@ class ParallelConfig(MemoryConfig):
     pipeline_schedule: str = knob("auto", choices=("auto", "1f1b", "gpipe", "interleaved", "interleaved-zb", "zbv"), advanced=True) # order of forward and backward; auto: 1f1b, or interleaved with vpp
     context_parallel_algo: str = knob("ulysses_cp_algo", choices=("ulysses_cp_algo", "megatron_cp_algo", "hybrid_cp_algo"), advanced=True) # heads change places with tokens; keys go round a ring; both
     ulysses_degree_in_cp: int = knob(1, low=1, advanced=True) # hybrid_cp_algo: devices that exchange heads; the ring has cp / this many
-    moe_expert_capacity_factor: float | None = knob(None, low=0, advanced=True) # an expert takes at most tokens*topk/experts times this; none: all (dropless)
+    moe_expert_capacity_factor: float | None = knob(None, low=0, advanced=True) # an expert takes at most tokens*topk/experts times this, of the tokens that a process has (with context parallel: of its part of each text); none: all (dropless)
     moe_pad_expert_input_to_capacity: bool = knob(False, advanced=True) # every expert computes on exactly its capacity
     moe_token_drop_policy: str = knob("probs", choices=("probs", "position"), advanced=True) # whom a full expert turns away: the least likely, or the last
     moe_z_loss_coeff: float = knob(0.0, low=0, advanced=True) # weight of the loss that keeps the router's logits small

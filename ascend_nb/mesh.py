@@ -91,6 +91,8 @@ def misfits(
         if len(each) != s.pp * s.vpp or sum(each) != model.num_hidden_layers:
             bad.append(f"num_layer_list has {len(each)} stages of {sum(each)} layers; pp x vpp = {s.pp * s.vpp}, num_hidden_layers = {model.num_hidden_layers}")
     if micro_batches and s.pp > 1 and micro_batches < s.pp: bad.append(f"a step has {micro_batches} micro-batches, fewer than pp = {s.pp} stages: raise global_batch_size")
+    if s.pp == 1 and (p.num_layers_per_virtual_pipeline_stage or p.pipeline_schedule == "zbv"):
+        bad.append("several stages in each process (num_layers_per_virtual_pipeline_stage, or pipeline_schedule=zbv) need pipeline_model_parallel_size above 1")
     if s.ep > 1 and not (model and model.num_experts) and model: bad.append("expert_model_parallel_size is above 1, but the model has no experts")
     return bad
 

@@ -14,6 +14,8 @@ NAMES = dict(tp="tensor_model_parallel_size", pp="pipeline_model_parallel_size",
              zero="zero_stage", fsdp="fsdp_size", vp="num_layers_per_virtual_pipeline_stage", algo="context_parallel_algo", degree="ulysses_degree_in_cp",
              schedule="pipeline_schedule", layers="num_layer_list", factor="moe_expert_capacity_factor", pad="moe_pad_expert_input_to_capacity", z="moe_z_loss_coeff",
              drop="moe_token_drop_policy", recompute="recompute_granularity", act="recompute_activation_function", swap="swap_attention")
+DYNAMIC = dict(max_position_embeddings=8, rope_scaling=dict(rope_type="dynamic", factor=2.))  # frequencies depend on the length of the whole text
+LONG = dict(max_position_embeddings=32, rope_scaling=dict(rope_type="longrope", short_factor=[1.] * 8, long_factor=[1.5] * 8, original_max_position_embeddings=14))
 RING, HYBRID = dict(algo="megatron_cp_algo"), dict(algo="hybrid_cp_algo", degree=2)
 
 
@@ -39,7 +41,7 @@ def same(rows):
 
 
 def test_the_useful_products_in_four_processes():
-    same(run([case("dense", tp=2, sp=True, pp=2), case("dense", cp=2, packed=True, zero=3, **RING), case("moe", tp=2, ep=2, sp=True),
+    same(run([case("moe", tp=2, pp=2, vp=1, z=.001, model=dict(router_aux_loss_coef=.1)), case("dense", tp=2, sp=True, pp=2), case("dense", cp=2, packed=True, zero=3, **RING), case("moe", tp=2, ep=2, sp=True),
               case("mla", tp=2, cp=2), case("dense", kind="curve", tp=2, steps=20)], 4))
 
 
@@ -47,9 +49,11 @@ MATRIX = {
     "tp": (4, [case(s, tp=2, sp=sp) for s in ("llama", "gpt2", "gemma", "bloom", "moe", "mla") for sp in (False, True)] + [case("gpt2", tp=4, sp=True)]),
     "fsdp": (4, [case(s, zero=z) for s, z in (("dense", 0), ("dense", 1), ("moe", 2), ("mla", 3))] + [case("llama", fsdp=2, zero=3), case("dense", tp=2, zero=2)]),
     "pp": (4, [case("dense", pp=4), case("dense", pp=2, layers="1,3", tp=2), case("llama", pp=2, vp=1, tp=2, sp=True), case("llama", pp=2, vp=1, schedule="interleaved-zb"),
-               case("llama", pp=2, schedule="zbv"), case("dense", pp=4, schedule="gpipe"), case("moe", pp=2, zero=1), case("mla", pp=2, packed=True), case("gemma", pp=2, tp=2)]),
+               case("llama", pp=2, schedule="zbv"), case("dense", pp=4, schedule="gpipe"), case("moe", pp=2, zero=1), case("moe", pp=4, z=.01, model=dict(router_aux_loss_coef=.1)), case("mla", pp=2, packed=True),
+               case("mla", pp=2, cp=2, z=.001, model=dict(router_aux_loss_coef=.1)), case("mla", pp=2, vp=1, ep=2, schedule="interleaved-zb", z=.001, model=dict(router_aux_loss_coef=.1)),
+               case("moe", pp=2, schedule="zbv", z=.001, model=dict(router_aux_loss_coef=.1, tie_word_embeddings=False)), case("gemma", pp=2, tp=2)]),
     "cp": (4, [case("dense", cp=4, packed=k, **a) for k in (False, True) for a in ({}, RING, HYBRID)] + [case("moe", cp=2, **RING), case("mla", cp=4, **RING),
-               case("dense", cp=2, pp=2, packed=True), case("mla", cp=4, packed=True), case("dense", cp=2, model=dict(sliding_window=5), **RING)]),
+               case("dense", cp=2, pp=2, packed=True), case("mla", cp=4, packed=True), case("dense", cp=2, model=dict(sliding_window=5), **RING), case("llama", cp=2, pp=2, model=DYNAMIC), case("llama", cp=4, model=LONG, **RING)]),
     "ep": (4, [case("moe", ep=4, zero=3, z=.001, model=dict(router_aux_loss_coef=.01)), case("moe", ep=2, tp=2, z=.001, model=dict(router_aux_loss_coef=.01)),
                case("moe", ep=2, cp=2, z=.001, model=dict(router_aux_loss_coef=.01)), case("moe", ep=2, factor=.7), case("moe", ep=4, factor=.7, pad=True, drop="position"),
                case("mla", ep=2, pp=2), case("mla", ep=4)]),
@@ -70,7 +74,7 @@ def test_what_does_not_fit_is_one_sentence():
     m = ModelConfig(vocab_size=97, hidden_size=48, num_attention_heads=6, num_key_value_heads=3, num_hidden_layers=5, num_experts=3, num_experts_per_tok=1, moe_intermediate_size=10)
     for kw, world, words in ((dict(tp=2), 2, ("num_key_value_heads = 3", "vocab_size = 97")), (dict(pp=2), 2, ("num_hidden_layers = 5",)), (dict(ep=2), 2, ("num_experts = 3",)),
                              (dict(cp=4), 4, ("num_attention_heads = 6", "seq_length = 30")), (dict(cp=2, **RING), 2, ("seq_length = 30 is not divisible by 2 x cp = 4",)),
-                             (dict(pp=2, layers="2,2"), 2, ("num_layer_list has 2 stages of 4 layers",)), (dict(ep=4), 2, ("expert_model_parallel_size = 4",))):
+                             (dict(pp=2, layers="2,2"), 2, ("num_layer_list has 2 stages of 4 layers",)), (dict(vp=1), 1, ("need pipeline_model_parallel_size above 1",)), (dict(schedule="zbv"), 1, ("need pipeline_model_parallel_size above 1",)), (dict(ep=4), 2, ("expert_model_parallel_size = 4",))):
         with pytest.raises(UserError) as e: check(ParallelConfig(**{NAMES[k]: v for k, v in kw.items()}), world, model=m, seq_length=30)
         assert all(w in str(e.value) for w in words) and "\n" not in str(e.value), str(e.value)
 
