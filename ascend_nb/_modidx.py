@@ -660,6 +660,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'ascend_nb.hf_format.SafeFile.read': ('hf_format.html#safefile.read', 'ascend_nb/hf_format.py'),
                                      'ascend_nb.hf_format.SafeFile.shape': ('hf_format.html#safefile.shape', 'ascend_nb/hf_format.py'),
                                      'ascend_nb.hf_format.Weights': ('hf_format.html#weights', 'ascend_nb/hf_format.py'),
+                                     'ascend_nb.hf_format.Weights.__contains__': ( 'hf_format.html#weights.__contains__',
+                                                                                   'ascend_nb/hf_format.py'),
                                      'ascend_nb.hf_format.Weights.__getitem__': ( 'hf_format.html#weights.__getitem__',
                                                                                   'ascend_nb/hf_format.py'),
                                      'ascend_nb.hf_format.Weights.__init__': ('hf_format.html#weights.__init__', 'ascend_nb/hf_format.py'),

@@ -308,6 +308,7 @@ def load(
     tokenizer = together(lambda: load_tokenizer(tokenizer_folder(cfg.model)))
     return open_model(cfg.model, device, pick_dtype(cfg.dtype, device).value, mesh), tokenizer
 
+# %% ../nbs/50_generate.ipynb #f4b826ce
 def _read_prompt(cfg: GenerateConfig) -> str:
     "The prompt, from stdin when it is empty and somebody pipes one in."
     if cfg.prompt or in_notebook() or sys.stdin is None or sys.stdin.isatty(): return cfg.prompt

@@ -105,6 +105,7 @@ class Weights(Mapping):
 
     def __len__(self): return len(self.where)
     def __iter__(self): return iter(self.where)
+    def __contains__(self, name): return name in self.where # Mapping's own would read the tensor
     def __getitem__(self, name): return self.files[self.where[name]].read(name)
     def shape(self, name: str) -> tuple: return self.files[self.where[name]].shape(name) # name: of a tensor; its sizes, without reading it
 
@@ -164,6 +165,7 @@ def _place(state, entry, tensor, shapes, keep, device): # a file's tensor into o
             state[part.name][part.index] = view
         else: state[part.name] = (view if own and not cut else view.clone(memory_format=torch.contiguous_format)).to(device)
 
+# %% ../nbs/31_hf_format.ipynb #05a47593
 def load_state(
     folder, # a model folder of a family in `family_table.FAMILIES`
     cfg: ModelConfig, # of the folder

@@ -11,7 +11,9 @@ from generate_worker import SHAPES
 
 from ascend_nb.checkpoint import RunDir, save_step
 from ascend_nb.config import DataConfig, EvalConfig, GenerateConfig, ModelConfig, RunConfig
+from ascend_nb.convert import as_model
 from ascend_nb.core import UserError
+from ascend_nb.dcp_format import open_step
 from ascend_nb.evaluator import run as run_evaluate
 from ascend_nb.generate import run as run_generate
 from ascend_nb.hf_format import SafeFile, load_state, save_model
@@ -20,7 +22,6 @@ from ascend_nb.mesh import launch
 from ascend_nb.model import Decoder
 from ascend_nb.schema import save_yaml
 from ascend_nb.tokenizers import load_tokenizer
-from ascend_nb.training import weights
 
 WORDS, SCORES = ["words"], ["scores"]
 
@@ -91,7 +92,7 @@ def test_a_run_folder_is_read_by_one_process(tmp_path, samples):
     x = torch.arange(12)[None]
     for path in (tmp_path / "run", tmp_path / "run" / "step_0000003"):
         assert torch.equal(open_model(path)(x), model(x))
-    assert torch.equal(weights(tmp_path / "run")(x), model(x)) # `train --load`, by way of the converter's reader
+    assert torch.equal(as_model(open_step(tmp_path / "run", shape_of(tmp_path / "run")))(x), model(x)) # the converter's way
     assert run_generate(GenerateConfig(model=str(tmp_path / "run"), prompt="The town", max_new_tokens=4, device="cpu"), json=True)["tokens"] == 4
 
 
