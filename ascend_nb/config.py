@@ -92,7 +92,8 @@ class MemoryConfig:
     recompute_num_layers: int = knob(1, low=1, advanced=True) # see recompute_method
     recompute_activation_function: bool = knob(False, advanced=True) # compute the MLP's activation again in backward
     swap_attention: bool = knob(False, advanced=True) # what attention keeps for backward waits in the host's memory
-    cpu_offload: bool = knob(False, advanced=True) # weights, gradients and optimizer live in the host's memory (with zero_stage 1 to 3)
+    cpu_offload: bool = knob(False, advanced=True) # weights, gradients and optimizer live in the host's memory (FSDP: zero_stage 1 to 3 and several data or context parallel processes)
+    optimizer_offload: bool = knob(False, flags=("--swap-optimizer=true", "--optimizer-cpu-offload=true"), advanced=True) # moments and fp32 copies live in the host's memory and are updated there; any number of processes
 
 @dataclass
 class ParallelConfig(MemoryConfig):
@@ -102,7 +103,7 @@ class ParallelConfig(MemoryConfig):
     context_parallel_size: int = knob(1, low=1) # cp: each sequence is cut over this many devices
     expert_model_parallel_size: int = knob(1, low=1) # ep: experts are dealt to this many devices, taken from the data and context parallel ones
     sequence_parallel: bool = False # with tp: between its matrices each device holds a part of the sequence
-    use_ascend_mc2: bool = knob(False, flags=("--use-mc2",), advanced=True) # with tp: a product and the communication beside it are one operator on an NPU
+    use_ascend_mc2: bool = knob(False, flags=("--use-mc2=true",), advanced=True) # with tp: a product and the communication beside it are one operator on an NPU
     zero_stage: int = knob(1, choices=(0, 1, 2, 3), flags=("--use-distributed-optimizer=1",)) # what data parallel devices share: 0 nothing, 1 the optimizer, 2 gradients too, 3 weights too
     fsdp_size: int = knob(0, low=0, advanced=True) # devices that share one copy (HSDP); 0: all data parallel ones
     num_layers_per_virtual_pipeline_stage: int | None = knob(None, low=1, advanced=True) # vpp: a device holds several short stages of this many layers, which shortens the idle time

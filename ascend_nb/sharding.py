@@ -121,5 +121,6 @@ def norm(
     if grads:
         each = torch.stack(torch._foreach_norm(list(grads.values()))).square()
         squares = (each / torch.tensor([held[n].copies for n in grads], device=each.device)).sum()
+    squares = squares.to(mesh.device_type) # gradients may lie in the host's memory, in some processes
     if mesh.sizes.world > 1: dist.all_reduce(squares)
     return squares.sqrt()

@@ -3,17 +3,23 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import torch
 from conftest import ROOT
+from parallel_worker import SHAPES, V, make
 
-from ascend_nb.config import ModelConfig, ParallelConfig
+from ascend_nb.config import ModelConfig, ParallelConfig, TrainConfig
 from ascend_nb.core import UserError
-from ascend_nb.mesh import check, launch
+from ascend_nb.datasets import Loader, Sample, collate_gpt
+from ascend_nb.losses import causal_lm_loss
+from ascend_nb.mesh import Mesh, Sizes, check, launch
+from ascend_nb.parallel_trainer import ParallelTrainer
 
 NAMES = dict(tp="tensor_model_parallel_size", pp="pipeline_model_parallel_size", cp="context_parallel_size", ep="expert_model_parallel_size", sp="sequence_parallel",
              zero="zero_stage", fsdp="fsdp_size", vp="num_layers_per_virtual_pipeline_stage", algo="context_parallel_algo", degree="ulysses_degree_in_cp",
              schedule="pipeline_schedule", layers="num_layer_list", factor="moe_expert_capacity_factor", pad="moe_pad_expert_input_to_capacity", z="moe_z_loss_coeff",
-             drop="moe_token_drop_policy", recompute="recompute_granularity", act="recompute_activation_function", swap="swap_attention")
+             drop="moe_token_drop_policy", recompute="recompute_granularity", act="recompute_activation_function", swap="swap_attention", off="optimizer_offload", host="cpu_offload")
 DYNAMIC = dict(max_position_embeddings=8, rope_scaling=dict(rope_type="dynamic", factor=2.))  # frequencies depend on the length of the whole text
 LONG = dict(max_position_embeddings=32, rope_scaling=dict(rope_type="longrope", short_factor=[1.] * 8, long_factor=[1.5] * 8, original_max_position_embeddings=14))
 RING, HYBRID = dict(algo="megatron_cp_algo"), dict(algo="hybrid_cp_algo", degree=2)
@@ -58,7 +64,7 @@ MATRIX = {
                case("moe", ep=2, cp=2, z=.001, model=dict(router_aux_loss_coef=.01)), case("moe", ep=2, factor=.7), case("moe", ep=4, factor=.7, pad=True, drop="position"),
                case("mla", ep=2, pp=2), case("mla", ep=4)]),
     "memory": (4, [case("dense", recompute="full", tp=2, sp=True, zero=3), case("moe", recompute="selective", act=True, ep=2, model=dict(router_aux_loss_coef=.01)), case("dense", recompute="full", pp=2, swap=True)]),
-    "curves": (4, [case(s, kind="curve", **kw) for s, kw in (("dense", dict(tp=2, sp=True, zero=3)), ("dense", dict(pp=2, tp=2)), ("moe", dict(ep=2, tp=2)), ("mla", dict(cp=2, pp=2)))]),
+    "curves": (4, [case(s, kind="curve", **kw) for s, kw in (("dense", dict(tp=2, sp=True, zero=3)), ("dense", dict(pp=2, tp=2)), ("moe", dict(ep=2, tp=2)), ("mla", dict(cp=2, pp=2)), ("moe", dict(off=True, tp=2, zero=2)), ("dense", dict(host=True, zero=3)))]),
     "eight": (8, [case("llama", tp=2, pp=2, cp=2, sp=True, vp=1), case("moe", tp=2, cp=2, ep=4, zero=3, **RING), case("mla", tp=2, pp=2, ep=2, sp=True), case("dense", tp=2, fsdp=2, zero=3)]),
 }
 
@@ -74,9 +80,19 @@ def test_what_does_not_fit_is_one_sentence():
     m = ModelConfig(vocab_size=97, hidden_size=48, num_attention_heads=6, num_key_value_heads=3, num_hidden_layers=5, num_experts=3, num_experts_per_tok=1, moe_intermediate_size=10)
     for kw, world, words in ((dict(tp=2), 2, ("num_key_value_heads = 3", "vocab_size = 97")), (dict(pp=2), 2, ("num_hidden_layers = 5",)), (dict(ep=2), 2, ("num_experts = 3",)),
                              (dict(cp=4), 4, ("num_attention_heads = 6", "seq_length = 30")), (dict(cp=2, **RING), 2, ("seq_length = 30 is not divisible by 2 x cp = 4",)),
-                             (dict(pp=2, layers="2,2"), 2, ("num_layer_list has 2 stages of 4 layers",)), (dict(vp=1), 1, ("need pipeline_model_parallel_size above 1",)), (dict(schedule="zbv"), 1, ("need pipeline_model_parallel_size above 1",)), (dict(ep=4), 2, ("expert_model_parallel_size = 4",))):
+                             (dict(pp=2, layers="2,2"), 2, ("num_layer_list has 2 stages of 4 layers",)), (dict(vp=1), 1, ("need pipeline_model_parallel_size above 1",)), (dict(schedule="zbv"), 1, ("need pipeline_model_parallel_size above 1",)), (dict(host=True), 1, ("use optimizer_offload",)), (dict(ep=4), 2, ("expert_model_parallel_size = 4",))):
         with pytest.raises(UserError) as e: check(ParallelConfig(**{NAMES[k]: v for k, v in kw.items()}), world, model=m, seq_length=30)
         assert all(w in str(e.value) for w in words) and "\n" not in str(e.value), str(e.value)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_an_optimizer_in_the_hosts_memory_gives_the_same_numbers(dtype):
+    cfg, rng = ModelConfig(**SHAPES["moe"]), np.random.RandomState(0)
+    data = [Sample(x[:-1], x[1:]) for x in (rng.randint(0, V, 17) for _ in range(40))]
+    t = TrainConfig(train_iters=4, lr=2e-3, micro_batch_size=2, global_batch_size=4, device="cpu", dtype=dtype)
+    runs = [ParallelTrainer(make(cfg, Mesh(Sizes()), ParallelConfig(optimizer_offload=off)), t, Loader(data, 2, collate_gpt), causal_lm_loss).fit() for off in (False, True)]
+    assert [r["loss"] for r in runs[0].rows] == [r["loss"] for r in runs[1].rows]
+    for (n, a), b in zip(runs[0].model.named_parameters(), runs[1].model.parameters(), strict=True): assert torch.equal(a, b), n
 
 
 @pytest.fixture(scope="module")
