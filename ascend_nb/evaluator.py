@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional as F
 from .core import Progress, UserError, atomic_file, messages, pick_device, pick_dtype, rank_info, say
 from .config import EvalConfig
-from .many_devices import copies, crowd, meet, my_share, open_model, sum_up, together, tokenizer_folder
+from .many_devices import copies, crowd, meet, my_share, open_model, sum_up, tokenizer_folder
 from .model import Decoder
 from .tasks import Item, get_task, load_task
 
@@ -350,17 +350,14 @@ def run(
     Raises UserError for what is wrong with the data, the model folder or the output's name."""
     with crowd(): return _run(cfg, json)
 
-def _prepare(cfg): # mistakes in the data come before the minutes of loading a model
-    load_task(cfg.task, cfg.data_path, cfg.num_fewshot, 1)
-    if cfg.output and Path(cfg.output).is_dir(): raise UserError("output_is_folder", path=cfg.output)
-
 def _run(cfg, json):
     from ascend_nb.tokenizers import load_tokenizer
     mesh = meet(cfg, copies=True)
-    together(lambda: _prepare(cfg))
+    load_task(cfg.task, cfg.data_path, cfg.num_fewshot, 1) # mistakes in the data come before the minutes of loading a model
+    if cfg.output and Path(cfg.output).is_dir(): raise UserError("output_is_folder", path=cfg.output)
     device = pick_device(cfg.device); dtype = pick_dtype(cfg.dtype, device.value)
     say(f"device {device}, dtype {dtype}")
-    began, tokenizer = time.time(), together(lambda: load_tokenizer(tokenizer_folder(cfg.model)))
+    began, tokenizer = time.time(), load_tokenizer(tokenizer_folder(cfg.model))
     model = open_model(cfg.model, device.value, dtype.value, mesh)
     result = evaluate(model, tokenizer, cfg.task, cfg.data_path, cfg.num_fewshot, cfg.limit, cfg.batch_size)
     result |= dict(config={**asdict(cfg), "device": str(device.value), "dtype": str(dtype.value)[6:]}, date=began,

@@ -16,7 +16,7 @@ from torch import Tensor
 from .config import GenerateConfig, SampleConfig
 from .core import UserError, in_notebook, messages, phrase, pick_device, pick_dtype, rank_info, say
 from .families import max_length
-from .many_devices import crowd, decide, meet, new_cache, open_model, together, tokenizer_folder
+from .many_devices import crowd, decide, meet, new_cache, open_model, tokenizer_folder
 from .model import Decoder
 from .schema import coerce, knobs
 from .templates import PROMPT_TYPES, encode_prompt, prompt_name
@@ -305,7 +305,7 @@ def load(
 ) -> tuple: # (model, tokenizer)
     "What a command needs to speak. The tokenizer comes first: its mistakes show before the weights are read."
     device = pick_device(cfg.device).value
-    tokenizer = together(lambda: load_tokenizer(tokenizer_folder(cfg.model)))
+    tokenizer = load_tokenizer(tokenizer_folder(cfg.model))
     return open_model(cfg.model, device, pick_dtype(cfg.dtype, device).value, mesh), tokenizer
 
 # %% ../nbs/50_generate.ipynb #f4b826ce
