@@ -85,6 +85,7 @@ def _module(name: str):
         check_pair()
         raise UserError("npu_import", why=str(e.__cause__ or e).splitlines()[0]) from None
 
+# %% ../nbs/69_cli.ipynb #40e9302b
 def run_command(
     name: str, # a key of COMMANDS, e.g. "train" or "data sniff"
     argv: list # its arguments
