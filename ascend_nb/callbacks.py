@@ -11,7 +11,7 @@ import importlib.util, json, math, signal, threading, time
 import torch
 from torch import Tensor
 from .checkpoint import RunDir, check_step, save_step
-from .core import Progress, UserError, atomic_file, messages, need, say
+from .core import Progress, UserError, atomic_file, messages, need, rank_info, say
 from .datasets import Batch
 from .trainer import Callback, Step, Trainer
 
@@ -106,7 +106,7 @@ class Checkpointer(Callback):
         folder = self.run.step_path(t.step)
         save_step(folder, *t.snapshot(), replace=bool(check_step(folder)))
         self.saved = t.step
-        self.run.prune(t.cfg.keep_last)
+        if rank_info().is_main: self.run.prune(t.cfg.keep_last) # one process of many: two would rename the same folder
 
 # %% ../nbs/42_callbacks.ipynb #bf3b50c1
 class StopOnSignal(Callback):

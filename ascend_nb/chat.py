@@ -12,10 +12,11 @@ from dataclasses import replace
 import torch
 from fastcore.basics import patch
 from .config import ChatConfig
-from .core import UserError, in_notebook, messages, phrase, say
+from .core import UserError, in_notebook, messages, phrase, rank_info, say
 from .families import max_length
 from .generate import Memory, check, fallback_stop, load
 from .generate import stream as stream_text
+from .many_devices import crowd, listening, meet
 from .model import Decoder
 from .templates import encode_prompt
 from .tokenizers import Tokenizer
@@ -157,7 +158,10 @@ def run(
     json: bool = False # return only; the answers go to stderr
 ) -> dict: # {"turns": [...]}
     "`ascend_nb chat`: a talk on the terminal or through a pipe."
-    check(cfg)
-    model, tokenizer = load(cfg)
-    say(phrase("chat_hint"))
-    return dict(turns=converse(Chat(model, tokenizer, cfg), sys.stderr if json else None))
+    with crowd():
+        check(cfg)
+        mesh = meet(cfg)
+        model, tokenizer = load(cfg, mesh)
+        say(phrase("chat_hint"))
+        turns = converse(Chat(model, tokenizer, cfg), sys.stderr if json else None, listening(mesh, _listen))
+        return dict(turns=turns) if rank_info().is_main else {}

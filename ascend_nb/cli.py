@@ -8,7 +8,7 @@ __all__ = ['GROUPS', 'COMMANDS', 'Command', 'overview', 'run_command', 'main']
 # %% ../nbs/69_cli.ipynb #e30c9b4c
 import errno, importlib, json, os, sys, traceback
 from typing import NamedTuple
-from .core import UserError, did_you_mean, lang, messages, say
+from .core import UserError, check_pair, did_you_mean, lang, messages, rank_info, say
 from .schema import dump_yaml, nearest, parse_args, parser
 
 # %% ../nbs/69_cli.ipynb #8abbebef
@@ -59,8 +59,6 @@ def overview(
 # %% ../nbs/69_cli.ipynb #73c1a3a0
 messages(
     unknown_command=("Found the command {got!r}; expected one of: {known}.{hint}", "未知命令 {got!r}；可用命令：{known}。{hint}"),
-    disk_full=("No room is left on the disk while writing {path}. Free some space and run the same command again; nothing half-written was kept.",
-               "写入 {path} 时磁盘已满。请释放空间后重新运行同一命令；没有留下不完整的文件。"),
 )
 
 def _take(argv: list, flag: str) -> bool:
@@ -77,6 +75,17 @@ def _command(name: str) -> Command:
     whole = next((did_you_mean(k) for k in COMMANDS if k.split()[-1] == word), "")
     raise UserError("unknown_command", got=name, known=", ".join(known), hint=whole or nearest(word, _members(*group)).replace("mean ", f"mean {name[:-len(word)]}"))
 
+def _module(name: str):
+    "Import a command's room. torch imports torch_npu by itself: where that fails, UserError says whether the two fit."
+    auto = os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD", "1") != "0"
+    if auto and rank_info().world_size > 1: check_pair() # before torch is half imported: the processes still have to talk with each other
+    try: return importlib.import_module(f"ascend_nb.{name}")
+    except (ImportError, RuntimeError, OSError) as e:
+        if "torch_npu" not in str(e): raise
+        check_pair()
+        raise UserError("npu_import", why=str(e.__cause__ or e).splitlines()[0]) from None
+
+# %% ../nbs/69_cli.ipynb #40e9302b
 def run_command(
     name: str, # a key of COMMANDS, e.g. "train" or "data sniff"
     argv: list # its arguments
@@ -91,11 +100,21 @@ def run_command(
         argv = getattr(importlib.import_module(f"ascend_nb.{module}"), function)(argv)
     cfg = parse_args(cls, argv, prog)
     if show: print(dump_yaml(cfg), end=""); return 0
-    out = getattr(importlib.import_module(f"ascend_nb.{cmd.module}"), cmd.run)(cfg, json=as_json)
+    out = getattr(_module(cmd.module), cmd.run)(cfg, json=as_json)
     if as_json and out: print(json.dumps(out, ensure_ascii=False, default=str)) # of many processes the first one has the result
     return out.get("exit_code", 0)
 
 # %% ../nbs/69_cli.ipynb #ca24d7e0
+def _mistake(e: UserError) -> int: # exit code; of many processes none returns
+    "Say it; of many processes one does, for all."
+    if rank_info().world_size > 1:
+        os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0" # a torch_npu that does not load must not keep them from talking
+        try: from ascend_nb.endings import quit_together
+        except (ImportError, RuntimeError): pass # torch was half imported
+        else: quit_together(str(e), 2)
+    say(f"ascend_nb: {e}")
+    return 2
+
 def main(
     argv: list | None = None # arguments; none: those of the process
 ) -> int: # exit code: 0 done, 2 the user's mistake, 1 ours
@@ -108,12 +127,12 @@ def main(
         else: code = run_command(" ".join(argv[:n]), argv[n:])
         sys.stdout.flush()
         return code
-    except UserError as e: say(f"ascend_nb: {e}"); return 2
+    except UserError as e: return _mistake(e)
     except KeyboardInterrupt: say("ascend_nb: stopped"); return 130
     except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), 1); return 0
     except OSError as e:
         if e.errno != errno.ENOSPC: traceback.print_exc(); return 1
-        say(f"ascend_nb: {UserError('disk_full', path=e.filename or 'a file')}"); return 2
+        return _mistake(UserError("disk_full", path=e.filename or "a file"))
     except Exception: traceback.print_exc(); return 1
 
 # %% ../nbs/69_cli.ipynb #642ab8c7

@@ -93,7 +93,8 @@ class MemoryConfig:
     recompute_num_layers: int = knob(1, low=1, advanced=True) # see recompute_method
     recompute_activation_function: bool = knob(False, advanced=True) # compute the MLP's activation again in backward
     swap_attention: bool = knob(False, advanced=True) # what attention keeps for backward waits in the host's memory
-    cpu_offload: bool = knob(False, advanced=True) # weights, gradients and optimizer live in the host's memory (with zero_stage 1 to 3)
+    cpu_offload: bool = knob(False, advanced=True) # weights, gradients and optimizer live in the host's memory (FSDP: zero_stage 1 to 3 and several data or context parallel processes)
+    optimizer_offload: bool = knob(False, flags=("--swap-optimizer=true", "--optimizer-cpu-offload=true"), advanced=True) # moments and fp32 copies live in the host's memory and are updated there; any number of processes
 
 @dataclass
 class ParallelConfig(MemoryConfig):
@@ -103,7 +104,7 @@ class ParallelConfig(MemoryConfig):
     context_parallel_size: int = knob(1, low=1) # cp: each sequence is cut over this many devices
     expert_model_parallel_size: int = knob(1, low=1) # ep: experts are dealt to this many devices, taken from the data and context parallel ones
     sequence_parallel: bool = False # with tp: between its matrices each device holds a part of the sequence
-    use_ascend_mc2: bool = knob(False, flags=("--use-mc2",), advanced=True) # with tp: a product and the communication beside it are one operator on an NPU
+    use_ascend_mc2: bool = knob(False, flags=("--use-mc2=true",), advanced=True) # with tp: a product and the communication beside it are one operator on an NPU
     zero_stage: int = knob(1, choices=(0, 1, 2, 3), flags=("--use-distributed-optimizer=1",)) # what data parallel devices share: 0 nothing, 1 the optimizer, 2 gradients too, 3 weights too
     fsdp_size: int = knob(0, low=0, advanced=True) # devices that share one copy (HSDP); 0: all data parallel ones
     num_layers_per_virtual_pipeline_stage: int | None = knob(None, low=1, advanced=True) # vpp: a device holds several short stages of this many layers, which shortens the idle time
@@ -111,7 +112,7 @@ class ParallelConfig(MemoryConfig):
     pipeline_schedule: str = knob("auto", choices=("auto", "1f1b", "gpipe", "interleaved", "interleaved-zb", "zbv"), advanced=True) # order of forward and backward; auto: 1f1b, or interleaved with vpp
     context_parallel_algo: str = knob("ulysses_cp_algo", choices=("ulysses_cp_algo", "megatron_cp_algo", "hybrid_cp_algo"), advanced=True) # heads change places with tokens; keys go round a ring; both
     ulysses_degree_in_cp: int = knob(1, low=1, advanced=True) # hybrid_cp_algo: devices that exchange heads; the ring has cp / this many
-    moe_expert_capacity_factor: float | None = knob(None, low=0, advanced=True) # an expert takes at most tokens*topk/experts times this; none: all (dropless)
+    moe_expert_capacity_factor: float | None = knob(None, low=0, advanced=True) # an expert takes at most tokens*topk/experts times this, of the tokens that a process has (with context parallel: of its part of each text); none: all (dropless)
     moe_pad_expert_input_to_capacity: bool = knob(False, advanced=True) # every expert computes on exactly its capacity
     moe_token_drop_policy: str = knob("probs", choices=("probs", "position"), advanced=True) # whom a full expert turns away: the least likely, or the last
     moe_z_loss_coeff: float = knob(0.0, low=0, advanced=True) # weight of the loss that keeps the router's logits small
@@ -206,31 +207,38 @@ class SampleConfig:
 @dataclass(kw_only=True)
 class GenerateConfig(SampleConfig):
     "Continue a text. stdout carries the continuation only."
-    model: str = knob() # Hugging Face folder
+    model: str = knob() # Hugging Face folder, or a run folder or step of `train`
     prompt: str = knob("") # text to continue; empty: read from stdin
     chat: bool = knob(False) # put the prompt into the tokenizer's chat template as a user's turn
+    tensor_model_parallel_size: int = knob(1, low=1, advanced=True) # tp: each matrix is cut over this many processes
+    pipeline_model_parallel_size: int = knob(1, low=1, advanced=True) # pp: layers are dealt to this many processes
     device: str = knob("auto", advanced=True) # auto, npu, npu:1, cuda, cpu
     dtype: str = knob("auto", choices=("auto", "fp32", "bf16", "fp16"), advanced=True) # number format
 
+# %% ../nbs/03_config.ipynb #84a35a56
 @dataclass(kw_only=True)
 class ChatConfig(SampleConfig):
     "Talk with a model; q, quit or exit leaves, clear or new forgets."
-    model: str = knob() # Hugging Face folder
+    model: str = knob() # Hugging Face folder, or a run folder or step of `train`
     system: str = "" # system prompt; empty: the template's own
     history_turns: int = knob(3, low=0) # earlier question-answer pairs that the model sees
+    tensor_model_parallel_size: int = knob(1, low=1, advanced=True) # tp: each matrix is cut over this many processes
+    pipeline_model_parallel_size: int = knob(1, low=1, advanced=True) # pp: layers are dealt to this many processes
     device: str = knob("auto", advanced=True) # auto, npu, npu:1, cuda, cpu
     dtype: str = knob("auto", choices=("auto", "fp32", "bf16", "fp16"), advanced=True) # number format
 
 @dataclass
 class EvalConfig:
     "Score a model on a benchmark; prints accuracy by subject and writes lm-eval's JSON."
-    model: str = knob() # Hugging Face folder
+    model: str = knob() # Hugging Face folder, or a run folder or step of `train`
     data_path: str = knob() # folder or file of the task's data, e.g. mmlu/test
     task: str = knob("mmlu", choices=("mmlu", "mmlu_continuation", "boolq")) # which benchmark
     output: str | None = None # result JSON; samples_TASK.jsonl is written beside it. None: only shown
     num_fewshot: int | None = knob(None, low=0) # examples before each question; none: the task's own number (mmlu 5, boolq 0)
     limit: int = knob(0, low=0) # questions per subject; 0: all
     batch_size: int = knob(8, low=1) # prompts in one forward pass
+    tensor_model_parallel_size: int = knob(1, low=1, advanced=True) # tp: each matrix is cut over this many processes
+    pipeline_model_parallel_size: int = knob(1, low=1, advanced=True) # pp: layers are dealt to this many processes; what processes there are beyond tp x pp share the questions
     device: str = knob("auto", advanced=True) # auto, npu, npu:1, cuda, cpu
     dtype: str = knob("auto", choices=("auto", "fp32", "bf16", "fp16"), advanced=True) # number format
 

@@ -44,7 +44,7 @@ def cut_batch(
     if S % (unit := mesh.sizes.cp * (1 + (mesh.ring_size > 1))): raise UserError("cp_length", length=S, unit=unit)
     mine = owned(S, mesh.ring, mesh.ring_size, mesh.ulysses, mesh.ulysses_size)
     labels = batch.labels[:, mine]
-    return replace(batch, input_ids=batch.input_ids[:, mine], labels=labels, position_ids=where[:, mine], num_targets=int((labels != -100).sum()))
+    return replace(batch, input_ids=batch.input_ids[:, mine], labels=labels, position_ids=where[:, mine], num_targets=int((labels != -100).sum()), longest=int(where.max()) + 1)
 
 messages(cp_length=("Found a batch of {length} tokens a row; context parallel processes share it in pieces, so expected a multiple of {unit}. Change seq_length, or pad_to_multiple_of for instruction data.",
                     "批次每行 {length} 个 token；上下文并行需要将其均分，应为 {unit} 的倍数。请修改 seq_length，或对指令数据修改 pad_to_multiple_of。"))

@@ -32,6 +32,7 @@ class Batch:
     position_ids: torch.Tensor | None = None # (B, S) int64; none: 0 … S-1
     cu_seqlens: torch.Tensor | None = None # int32, where the documents begin among the B·S tokens, and B·S; none: each row is one. Stays on the CPU
     num_targets: int = -1 # labels that are not -100; counted once, here, because on a device it would wait for the device
+    longest: int = 0 # tokens of the longest text, where these are only a part of it: rotary frequencies may depend on it; 0: as position_ids say
 
     def __post_init__(self):
         if self.num_targets < 0: self.num_targets = int((self.labels != -100).sum())

@@ -83,8 +83,9 @@ def open_step(
     for f in sorted(folder.glob("*.safetensors")):
         begins = _begins(f)
         for t in read_safetensors(f):
-            if not t.name.startswith("model."): continue
-            name, begin = t.name[len("model."):], tuple(begins.get(t.name, (0,) * len(t.shape)))
+            kind, _, name = t.name.partition(".")
+            if kind not in ("model", "buffer"): continue # the optimizer's
+            begin = tuple(begins.get(t.name, (0,) * len(t.shape)))
             placed.append(Placed(t, slice_blocks(name, begin, t.shape)))
             seen[name] = tuple(max(a) for a in zip(seen.get(name, (0,) * len(t.shape)), (b + n for b, n in zip(begin, t.shape))))
     wrong = [f"{k} {list(s)}" + (f", by the config {list(shapes[k])}" if k in shapes else "") for k, s in seen.items() if shapes.get(k) != s]

@@ -14,7 +14,7 @@ from .config import ModelConfig, ParallelConfig
 from .context_parallel import context_kernels, cut_batch
 from .core import UserError, messages
 from .datasets import Batch
-from .expert_parallel import attach_losses, deal_experts
+from .expert_parallel import attach_losses, deal_experts, has_router_losses, notes_size
 from .memory import save_memory
 from .mc2 import join_mc2
 from .mesh import Mesh, Sizes
@@ -72,18 +72,26 @@ class Engine:
         self.mesh, self.p = mesh or Mesh(Sizes()), p or ParallelConfig()
         self.stages = models if isinstance(models, dict) else {0: models}
         self.models, s = list(self.stages.values()), self.mesh.sizes
-        self.sharded, self.share, self.terms = shards_data(self.mesh), 1., []
-        for m in self.models:
-            if isinstance(m, Decoder): self._prepare(m, dtype)
+        self.sharded, self.line, self.shares, self.sums, self.mine, self.i = shards_data(self.mesh), None, [], [], [], 0
+        for n, m in self.stages.items():
+            if isinstance(m, Decoder): self._prepare(m, dtype, n == s.pp * s.vpp - 1)
         self.kernels = {**tensor_kernels(self.mesh), **context_kernels(self.mesh)}
         self.tied = tied_names(self.models[0].cfg, self.mesh) if s.pp > 1 else []
         elsewhere = self.tied if s.pp > 1 and self.mesh.pp == s.pp - 1 else []
         self.pieces = pieces(self.models, self.mesh, elsewhere)
         narrow = s.tp if self.p.sequence_parallel else 1
-        self.line = Pipeline(self.stages, schedule_name(self.p, s.vpp), self.mesh, narrow, dtype) if s.pp > 1 else None
+        if s.pp > 1:
+            cfg = self.models[0].cfg
+            self.line = Pipeline(self.stages, schedule_name(self.p, s.vpp), self.mesh, narrow, dtype, notes_size(cfg) if has_router_losses(cfg, self.p) else 0)
 
-    def _prepare(self, model, dtype):
-        attach_losses(model, self.mesh, self.p, lambda: self.share, self.terms.append)
+    def tell(self, batch) -> None: # how long the texts are of which this process has a part
+        if rope := getattr(getattr(self.models[0], "model", None), "rope", None): rope.longest = batch.longest
+
+    def now(self) -> int: # number of the micro-batch that goes forward
+        return self.line.now if self.line else self.i
+
+    def _prepare(self, model, dtype, last):
+        attach_losses(model, self.mesh, self.p, lambda: self.shares[self.now()], lambda term: self.sums.append(term * self.mine[self.now()].num_targets), last)
         m = replace(self.p, recompute_num_layers=1) if self.sharded and self.p.recompute_method == "uniform" else self.p # FSDP brings weights layer by layer
         save_memory(model, m, self.mesh.device_type != "cpu")
         shard_model(model, self.mesh, self.p, dtype)
@@ -107,25 +115,21 @@ def _step(self: Engine,
     scale=lambda total: total # fp16's loss scale
 ) -> list: # of 0-d tensors: sums of losses that this process adds to the step's
     "Forward and backward over the micro-batches; gradients stay in the parameters."
-    sums, weights, mine = [], [b.num_targets / targets for b in batches], self.ready(batches, device)
-    def total(model, batch, i):
-        value = loss_fn(model, batch)[0]
-        sums.append(value.detach())
-        sums.extend(t * batch.num_targets for t in self.terms)
-        self.terms.clear()
-        return scale(value / targets)
     factor = float(scale(torch.ones((), device=device)))
+    self.sums, self.shares, self.mine = [], [factor * b.num_targets / targets for b in batches], self.ready(batches, device)
+    def total(model, batch):
+        value = loss_fn(model, batch)[0]
+        self.sums.append(value.detach())
+        return scale(value / targets)
     with kernels(**self.kernels):
-        if self.line:
-            self.share = factor * weights[0]
-            self.line.step(mine, lambda model, batch: total(model, batch, 0))
-            sums.extend(t * mine[0].num_targets for t in self.terms); self.terms.clear()
+        if self.line: self.line.step(self.mine, total)
         else:
-            for i, batch in enumerate(mine):
-                self.share = factor * weights[i]
-                begin_backward(self.models[0], self.p.zero_stage, i == len(mine) - 1)
-                total(self.models[0], batch, i).backward()
-    return sums
+            for i, batch in enumerate(self.mine):
+                self.i = i
+                self.tell(batch)
+                begin_backward(self.models[0], self.p.zero_stage, batch is self.mine[-1])
+                total(self.models[0], batch).backward()
+    return self.sums
 
 def _forward(self: Engine,
     batch: Batch, # on the host
@@ -134,6 +138,7 @@ def _forward(self: Engine,
 ) -> Tensor: # this process's sum; 0 where it has none
     "Validation: no gradient, no router's losses."
     mine = self.ready([batch], device)[0]
+    if not self.line: self.tell(mine)
     with kernels(**self.kernels):
         out = forward_only(self.line, mine, loss_fn) if self.line else loss_fn(self.models[0], mine)
     return torch.zeros((), device=device) if out is None else out[0]

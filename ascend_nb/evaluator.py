@@ -16,8 +16,9 @@ from itertools import groupby
 from pathlib import Path
 import torch
 from torch.nn import functional as F
-from .core import Progress, UserError, atomic_file, messages, pick_device, pick_dtype, say
+from .core import Progress, UserError, atomic_file, messages, pick_device, pick_dtype, rank_info, say
 from .config import EvalConfig
+from .many_devices import copies, crowd, meet, my_share, open_model, sum_up, tokenizer_folder
 from .model import Decoder
 from .tasks import Item, get_task, load_task
 
@@ -108,6 +109,7 @@ def forward_rows(
     start, weight = Past(past).length, model.head_weight # (V,H)
     ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(r.ids[start:]) for r in rows], batch_first=True)
     h = model.hidden(ids.to(weight.device), cache=Past(past) if past else None) # (B,S,H)
+    if h is None: return # the model ends in another process
     asks = torch.tensor([(b, len(r.ids) - start - len(cont) + j, token, i) for b, r in enumerate(rows)
                          for i, cont in r.asks for j, token in enumerate(cont)], device=weight.device)
     for b, t, token, i in (part.T for part in asks.split(HEAD_ROWS)):
@@ -181,7 +183,10 @@ def loglikelihoods(
     whole, cut = [r for r in rows if not r.cut], [r for r in rows if r.cut]
     if cut: say(f"{len(cut)} of {len(rows)} prompts are longer than the model's {model.cfg.max_position_embeddings} tokens: cut from the left")
     out = torch.zeros(len(pairs), 2, dtype=torch.float64)
-    for part in filter(None, (whole, cut)): score_rows(model, part, batch_size, out, done)
+    mine = [my_share(model, rows, lambda r: len(r.ids)) for rows in (whole, cut)]
+    for part in filter(None, mine): score_rows(model, part, batch_size, out, done)
+    if others := len(pairs) - sum(len(r.asks) for part in mine for r in part): done(others)
+    out = sum_up(model, out)
     if out.isnan().any(): raise UserError("nan_scores", n=int(out[:, 0].isnan().sum()), of=len(pairs), dtype=str(model.head_weight.dtype)[6:])
     return [(lp, wrong == 0) for lp, wrong in out.tolist()]
 
@@ -237,7 +242,8 @@ def score_items(
     "Ask every question. The first metric decides `prediction` and `correct`; each metric has its 0 or 1 under its own name."
     samples = []
     with Progress(sum(len(i.choices) for i in items), "Answers scored", quiet=quiet) as bar:
-        for group in (items[i:i + TOGETHER] for i in range(0, len(items), TOGETHER)):
+        many = TOGETHER * copies(model)
+        for group in (items[i:i + many] for i in range(0, len(items), many)):
             def done(n, subject=group[0].subject): bar.update(n, subject)
             scores = iter(loglikelihoods(model, tokenizer, [p for i in group for p in i.pairs()], batch_size, done))
             samples += [_sample(i, [next(scores)[0] for _ in i.choices], metrics) for i in group]
@@ -340,18 +346,23 @@ def run(
     cfg: EvalConfig, # what the command line says
     json: bool = False # write nothing to stdout
 ) -> dict: # lm-eval's result, without the samples
-    "`ascend_nb evaluate`. Raises UserError for what is wrong with the data, the model folder or the output's name."
-    from ascend_nb.hf_format import load_model
+    """`ascend_nb evaluate`. Of many processes the first one prints and returns the result.
+    Raises UserError for what is wrong with the data, the model folder or the output's name."""
+    with crowd(): return _run(cfg, json)
+
+def _run(cfg, json):
     from ascend_nb.tokenizers import load_tokenizer
+    mesh = meet(cfg, copies=True)
     load_task(cfg.task, cfg.data_path, cfg.num_fewshot, 1) # mistakes in the data come before the minutes of loading a model
     if cfg.output and Path(cfg.output).is_dir(): raise UserError("output_is_folder", path=cfg.output)
     device = pick_device(cfg.device); dtype = pick_dtype(cfg.dtype, device.value)
     say(f"device {device}, dtype {dtype}")
-    began, tokenizer = time.time(), load_tokenizer(cfg.model)
-    model = load_model(cfg.model, device.value, dtype.value)
+    began, tokenizer = time.time(), load_tokenizer(tokenizer_folder(cfg.model))
+    model = open_model(cfg.model, device.value, dtype.value, mesh)
     result = evaluate(model, tokenizer, cfg.task, cfg.data_path, cfg.num_fewshot, cfg.limit, cfg.batch_size)
     result |= dict(config={**asdict(cfg), "device": str(device.value), "dtype": str(dtype.value)[6:]}, date=began,
                    total_evaluation_time_seconds=time.time() - began)
+    if not rank_info().is_main: return {}
     if cfg.output: save_result(result, cfg.task, cfg.output)
     if not json: print(table(result))
     return {k: v for k, v in result.items() if k != "samples"}

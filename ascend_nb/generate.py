@@ -14,10 +14,10 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 from .config import GenerateConfig, SampleConfig
-from .core import UserError, in_notebook, messages, phrase, pick_device, pick_dtype, say
+from .core import UserError, in_notebook, messages, phrase, pick_device, pick_dtype, rank_info, say
 from .families import max_length
-from .hf_format import load_model
-from .model import Decoder, KVCache
+from .many_devices import crowd, decide, meet, new_cache, open_model, tokenizer_folder
+from .model import Decoder
 from .schema import coerce, knobs
 from .templates import PROMPT_TYPES, encode_prompt, prompt_name
 from .tokenizers import Tokenizer, load_tokenizer
@@ -71,8 +71,8 @@ class Memory:
         known = self.ids[:self.kv.length] if self.kv else []
         same = next((i for i, (a, b) in enumerate(zip(known, ids)) if a != b), min(len(known), len(ids)))
         if self.kv is None or self.kv.max_len < need:
-            weight, grown = self.model.head_weight, max(need, min(2 * self.kv.max_len, most) if self.kv else 0)
-            self.kv, same = KVCache(self.model.cfg, 1, grown, weight.dtype, weight.device), 0
+            grown = max(need, min(2 * self.kv.max_len, most) if self.kv else 0)
+            self.kv, same = new_cache(self.model, 1, grown), 0
         same = min(same, len(ids) - 1)
         self.kv.truncate(same); self.ids = list(ids)
         return self.ids[same:]
@@ -91,8 +91,8 @@ def next_ids(
     head = model.head_weight
     for _ in range(room):
         x = torch.tensor([new], device=head.device)
-        h = model.hidden(x, cache=memory.kv)[:, -1] # (1,H)
-        new = [choose(model.logits(h, head)[0], cfg, generator)]
+        h = model.hidden(x, cache=memory.kv) # (1,S,H); None where the model ends in another process
+        new = [decide(model, lambda h=h: choose(model.logits(h[:, -1], head)[0], cfg, generator))]
         memory.ids.append(new[0])
         yield new[0]
 
@@ -300,13 +300,15 @@ def fallback_stop(
     return list(stops)
 
 def load(
-    cfg # GenerateConfig or ChatConfig: model folder, device, dtype
+    cfg, # GenerateConfig or ChatConfig: model folder, device, dtype
+    mesh=None # from `meet`; None: one process
 ) -> tuple: # (model, tokenizer)
     "What a command needs to speak. The tokenizer comes first: its mistakes show before the weights are read."
     device = pick_device(cfg.device).value
-    tokenizer = load_tokenizer(cfg.model)
-    return load_model(cfg.model, device, pick_dtype(cfg.dtype, device).value), tokenizer
+    tokenizer = load_tokenizer(tokenizer_folder(cfg.model))
+    return open_model(cfg.model, device, pick_dtype(cfg.dtype, device).value, mesh), tokenizer
 
+# %% ../nbs/50_generate.ipynb #f4b826ce
 def _read_prompt(cfg: GenerateConfig) -> str:
     "The prompt, from stdin when it is empty and somebody pipes one in."
     if cfg.prompt or in_notebook() or sys.stdin is None or sys.stdin.isatty(): return cfg.prompt
@@ -316,10 +318,14 @@ def run(
     cfg: GenerateConfig, # model folder, prompt, how to choose
     json: bool = False # return only; nothing on stdout
 ) -> dict: # text, tokens, tokens_per_s, stopped_by (eos, stop, length, context)
-    "`ascend_nb generate`: the continuation on stdout as it is made, speed on stderr."
+    "`ascend_nb generate`: the continuation on stdout as it is made, speed on stderr. Of many processes the first one prints and returns it."
+    with crowd(): return _run(cfg, json)
+
+def _run(cfg, json):
     check(cfg)
-    prompt = _read_prompt(cfg)
-    model, tokenizer = load(cfg)
+    mesh = meet(cfg)
+    prompt = mesh.share(lambda: _read_prompt(cfg)) if mesh else _read_prompt(cfg)
+    model, tokenizer = load(cfg, mesh)
     if cfg.chat: cfg = replace(cfg, stop=[*cfg.stop, *fallback_stop(tokenizer)])
     ids = encode_prompt([dict(role="user", content=prompt)], tokenizer) if cfg.chat else prompt_ids(tokenizer, prompt)
     out = stream(model, tokenizer, ids, cfg, fresh=cfg.chat)
@@ -327,4 +333,4 @@ def run(
         if not json: print(piece, end="", flush=True)
     if not json: print(flush=True)
     say(out)
-    return dict(text=out.text, tokens=len(out.ids), tokens_per_s=round(out.tokens_per_s, 2), stopped_by=out.stopped_by)
+    return dict(text=out.text, tokens=len(out.ids), tokens_per_s=round(out.tokens_per_s, 2), stopped_by=out.stopped_by) if rank_info().is_main else {}

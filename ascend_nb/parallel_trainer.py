@@ -27,9 +27,11 @@ class DealtWeights(Weights):
         device: torch.device, # where
         dtype: torch.dtype # what the model computes in
     ):
-        self.engine, self.copied, self.kept = engine, dtype != torch.float32 and not engine.sharded, {}
+        self.engine, self.device, self.copied, self.kept, off = engine, device, dtype != torch.float32 and not engine.sharded, {}, engine.p.optimizer_offload
+        self.apart = self.copied or off # what is updated is not what is computed with
         self.live = {n: k.param for n, k in engine.pieces.items()}
-        self.named = {n: nn.Parameter(k.local.float().clone() if self.copied else k.local) for n, k in engine.pieces.items()}
+        own = lambda t: t.to("cpu" if off else device, torch.float32, copy=True) if self.apart else t
+        self.named = {n: nn.Parameter(own(k.local)) for n, k in engine.pieces.items()}
         if self.copied:
             for m in engine.models: m.to(dtype)
             for n, p in self.live.items(): p.register_post_accumulate_grad_hook(lambda p, n=n: self._keep(n, p))
@@ -47,7 +49,7 @@ class DealtWeights(Weights):
     @torch.no_grad()
     def publish(self) -> None:
         "Round the copies into the model."
-        if self.copied:
+        if self.apart:
             for n, k in self.engine.pieces.items(): k.local.copy_(self.named[n])
 
 # %% ../nbs/41a_parallel_trainer.ipynb #eb266272
@@ -56,7 +58,7 @@ def _collect(self: DealtWeights):
         p = self.live[n]
         if where is not None and where != p.placements:
             part = DTensor.from_local(part, p.device_mesh, where, run_check=False, shape=p.shape, stride=p.stride()).redistribute(placements=p.placements).to_local()
-        self.named[n].grad = part
+        self.named[n].grad = part.to(self.named[n].device)
     self.kept = {}
 
 def _clip(self: DealtWeights,
@@ -65,12 +67,12 @@ def _clip(self: DealtWeights,
     "Collect the gradients, undo the loss scale, measure, shorten."
     if self.copied: self._collect(); self.engine.tie({n: w.grad for n, w in self.named.items() if w.grad is not None})
     else:
-        for n, g in self.engine.gradients().items(): self.named[n].grad = g
+        for n, g in self.engine.gradients().items(): self.named[n].grad = g.to(self.named[n].device)
     if self.scaler.is_enabled(): self._unscale()
     grads = {n: w.grad for n, w in self.named.items() if w.grad is not None}
     length = self.engine.length(grads)
     if limit and grads: torch._foreach_mul_(list(grads.values()), (limit / (length + 1e-6)).clamp(max=1.))
-    return length
+    return length.to(self.device)
 
 def _unscale(self: DealtWeights):
     "An overflow anywhere is an overflow everywhere."
@@ -97,7 +99,7 @@ class ParallelTrainer(Trainer):
 
     def data_parallel_size(self) -> int: return self.mesh.sizes.data
     def make_weights(self) -> Weights:
-        if self.mesh.sizes.world == 1 and len(self.engine.models) == 1: return super().make_weights()
+        if self.mesh.sizes.world == 1 and len(self.engine.models) == 1: return Weights(self.model, self.cfg, self.device, self.dtype_choice.value, self.engine.p.optimizer_offload)
         return DealtWeights(self.engine, self.cfg, self.device, self.dtype_choice.value)
 
     def compute(self,

@@ -109,22 +109,26 @@ class Pipeline:
         name: str, # of the schedule
         mesh: Mesh, # pp, vpp
         narrow: int, # processes that hold parts of the tokens between blocks: tp with sequence parallel, else 1
-        dtype: torch.dtype = torch.float32 # of the stream between stages
+        dtype: torch.dtype = torch.float32, # of the stream between stages
+        notes: int = 0 # numbers that travel beside it in training: `model.model` then takes `past` and returns (stream, notes), the last stage the stream alone
     ):
-        self.stages, self.name, self.mesh, self.narrow, self.dtype = stages, name, mesh, narrow, dtype
-        self.n, self.group, self.made = mesh.sizes.pp * mesh.sizes.vpp, mesh.group("pp"), {}
+        self.stages, self.name, self.mesh, self.narrow, self.dtype, self.notes = stages, name, mesh, narrow, dtype, notes
+        self.n, self.group, self.made, self.now = mesh.sizes.pp * mesh.sizes.vpp, mesh.group("pp"), {}, 0 # now: number of the micro-batch that goes forward
         for model in stages.values(): self._stage(model)
 
     def _stage(self, model):
-        def forward(x, which):
-            b = self.batches[int(which)]
-            return model.model(x, b.position_ids, b.cu_seqlens)
+        def forward(x, *past, which):
+            self.now = int(which)
+            b = self.batches[self.now]
+            if model.model.rope: model.model.rope.longest = b.longest
+            return model.model(x, b.position_ids, b.cu_seqlens, **({"past": past[0]} if past else {}))
         model.forward = forward
 
     def _shapes(self, number, B, S, H): # what a stage receives and gives, on the meta device
-        stream = torch.empty(B, S // self.narrow, H, dtype=self.dtype, device="meta", requires_grad=True)
-        ids, whole = torch.empty(B, S, dtype=torch.int64, device="meta"), torch.empty(B, S, H, dtype=self.dtype, device="meta", requires_grad=True)
-        return ids if number == 0 else stream, whole if number == self.n - 1 else stream
+        make = lambda *shape, dtype=self.dtype: torch.empty(*shape, dtype=dtype, device="meta", requires_grad=dtype.is_floating_point)
+        beside = (make(self.notes, dtype=torch.promote_types(self.dtype, torch.float32)),) if self.notes else ()
+        stream = (make(B, S // self.narrow, H), *beside)
+        return (make(B, S, dtype=torch.int64),) if number == 0 else stream, (make(B, S, H),) if number == self.n - 1 else stream
 
     def _schedule(self, B, S, micro):
         key = B, S, micro
@@ -172,7 +176,7 @@ def forward_only(
         if s and holder(s - 1) != line.mesh.pp:
             x = torch.empty(B, S // line.narrow, mine[s].cfg.hidden_size, dtype=line.dtype, device=batch.input_ids.device)
             dist.recv(x, peer(s - 1), group=line.group)
-        x = mine[s](x, torch.zeros((), dtype=torch.int64))
+        x = mine[s](x, which=0)
         if s == line.n - 1: out = loss(shim(mine[s], x), batch)
         elif holder(s + 1) != line.mesh.pp: dist.send(x.contiguous(), peer(s + 1), group=line.group)
     line.batches = None

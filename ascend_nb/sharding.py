@@ -6,7 +6,7 @@
 __all__ = ['shards_data', 'shard_model', 'begin_backward', 'rest', 'Piece', 'pieces', 'norm']
 
 # %% ../nbs/25a_sharding.ipynb #2846a04b
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -41,7 +41,8 @@ def shard_model(
         experts = getattr(layer.mlp, "experts", None)
         if experts is not None and mesh.expert is not None: fully_shard(experts, mesh=_plane(mesh.expert, "dp", "efsdp"), **how)
         fully_shard(layer, mesh=dense, **how)
-    fully_shard(model, mesh=dense, **{**how, "reshard_after_forward": False}) # the head is used behind the last layer
+    whole = dict(how, reshard_after_forward=False, mp_policy=replace(how["mp_policy"], cast_forward_inputs=False)) # the head is used behind the last layer; what travels beside the stream keeps its fp32
+    fully_shard(model, mesh=dense, **whole)
     for m in model.modules():
         if isinstance(m, FSDPModule): m.set_gradient_divide_factor(1.0); m.set_force_sum_reduction_for_comms(True)
     register_fsdp_forward_method(model, "hidden")
@@ -120,5 +121,6 @@ def norm(
     if grads:
         each = torch.stack(torch._foreach_norm(list(grads.values()))).square()
         squares = (each / torch.tensor([held[n].copies for n in grads], device=each.device)).sum()
+    squares = squares.to(mesh.device_type) # gradients may lie in the host's memory, in some processes
     if mesh.sizes.world > 1: dist.all_reduce(squares)
     return squares.sqrt()

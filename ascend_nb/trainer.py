@@ -58,12 +58,13 @@ class Weights:
         model: nn.Module, # moved to `device` and `dtype`; parameters that need no gradient are left alone
         cfg: TrainConfig, # for the optimizer and the loss scale
         device: torch.device, # where
-        dtype: torch.dtype # what the model computes in
+        dtype: torch.dtype, # what the model computes in
+        offload: bool = False # keep fp32 copies and the optimizer in the host's memory
     ):
         model.to(device)
-        self.live = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self.copied = dtype != torch.float32
-        if self.copied: self.named = {n: nn.Parameter(p.detach().float().clone()) for n, p in self.live.items()}
+        self.live, self.device = {n: p for n, p in model.named_parameters() if p.requires_grad}, device
+        self.copied, there = dtype != torch.float32 or offload, "cpu" if offload else device
+        if self.copied: self.named = {n: nn.Parameter(p.detach().to(there, torch.float32, copy=True)) for n, p in self.live.items()}
         else: self.named = self.live
         model.to(dtype)
         if self.copied:
@@ -74,8 +75,9 @@ class Weights:
 
     @staticmethod
     def _take(copy, p):
-        "Move a 16-bit gradient into the copy's fp32 sum."
-        copy.grad = p.grad.float() if copy.grad is None else copy.grad.add_(p.grad)
+        "Move a gradient into the copy's fp32 sum."
+        g = p.grad.to(copy.device, torch.float32)
+        copy.grad = g if copy.grad is None else copy.grad.add_(g)
         p.grad = None
 
     @torch.no_grad()
@@ -88,8 +90,8 @@ class Weights:
     ) -> Tensor: # the gradient's length before clipping, 0-d on the device
         "Undo the loss scale, measure the gradient, shorten it."
         if self.scaler.is_enabled(): self.scaler.unscale_(self.optimizer)
-        if limit: return nn.utils.clip_grad_norm_(self.named.values(), limit)
-        return nn.utils.get_total_norm([w.grad for w in self.named.values() if w.grad is not None])
+        if limit: return nn.utils.clip_grad_norm_(self.named.values(), limit).to(self.device)
+        return nn.utils.get_total_norm([w.grad for w in self.named.values() if w.grad is not None]).to(self.device)
 
 # %% ../nbs/41_trainer.ipynb #0a975917
 def _update(self: Weights,

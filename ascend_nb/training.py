@@ -24,7 +24,7 @@ from .model import Decoder
 from .parallel_trainer import ParallelTrainer
 from .prepared import prepared
 from .schema import load_yaml, save_yaml, to_dict
-from .spread import build_engine, crew, end, fit_grid, pad_unit, whole_model
+from .spread import build_engine, crew, end, fit_grid, idle, pad_unit, whole_model
 from .tokenizers import load_tokenizer
 
 # %% ../nbs/43_training.ipynb #e35baefa
@@ -175,7 +175,7 @@ def describe(
     return [f"device    {tr.device_choice}", f"dtype     {tr.dtype_choice}",
             f"model     {m.model_type}, {m.num_params():,} parameters, {'from ' + t.load if t.load else f'new weights, seed {t.seed}'}",
             f"data      {' '.join(d.data_path or d.train_data_path)}: {samples:,} samples of {'at most ' if t.stage == 'sft' else ''}{d.seq_length} tokens",
-            *([f"grid      {job.mesh.sizes}"] if job.mesh.sizes.world > 1 else []),
+            *([f"grid      {job.mesh.sizes}"] if job.mesh.sizes.world > 1 else []), *(f"note      {x}" for x in idle(job.cfg.parallel, m, job.mesh)),
             f"step      {t.micro_batch_size} samples x {tr.accumulation} micro-batches{f' x {dp} data parallel' if dp > 1 else ''} = {t.micro_batch_size * tr.accumulation * dp}",
             f"length    {t.train_iters} steps, {seen:,} samples{tokens}; lr {t.lr:g}, {t.lr_decay_style}",
             f"run       {job.run.path}" + (f", going on from step {job.begin}" if job.begin else "")]

@@ -1,5 +1,6 @@
 """Shared fixtures: where the real data lies, and what to say when it does not."""
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("ASCEND_NB_DATA", ROOT.parent / "shared" / "data"))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts `pytest &` deaf to Ctrl-C, and what the tests start with it
 
 
 @pytest.fixture(scope="session")

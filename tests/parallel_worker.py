@@ -15,6 +15,7 @@ from ascend_nb.mesh import Mesh, Sizes, check, join, leave
 from ascend_nb.parallel_trainer import ParallelTrainer
 
 V = 96
+DTYPES = dict(fp32="float32", bf16="bfloat16", fp16="float16")
 BASE = dict(vocab_size=V, hidden_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, intermediate_size=96)
 SHAPES = dict(
     dense=dict(BASE, qk_norm=True, attention_bias=True),
@@ -41,7 +42,7 @@ def batches(n, packed, masked=True):
     return out
 
 
-def make(cfg, mesh, p): return Engine(build_stages(cfg, lambda m: m.init_weights(), mesh, p, "cpu"), mesh, p)
+def make(cfg, mesh, p, dtype=torch.float32): return Engine(build_stages(cfg, lambda m: m.init_weights(), mesh, p, "cpu", dtype), mesh, p, dtype)
 
 
 def mesh_of(p, cfg, world, micro):
@@ -82,10 +83,11 @@ def curve(case, world):
     "The loss of optimizer steps, in one process and in many."
     cfg, p, rng = ModelConfig(**SHAPES[case["shape"]]), ParallelConfig(**case["parallel"]), np.random.RandomState(0)
     data = [Sample(x[:-1], x[1:]) for x in (rng.randint(0, V, 17) for _ in range(200))]
-    t = TrainConfig(train_iters=case.get("steps", 20), lr=2e-3, micro_batch_size=2, global_batch_size=8, device="cpu")
+    dtype = case.get("dtype", "fp32")
+    t = TrainConfig(train_iters=case.get("steps", 20), lr=2e-3, micro_batch_size=2, global_batch_size=8, device="cpu", dtype=dtype)
     rows = []
     for mesh, how in ((Mesh(Sizes()), ParallelConfig()), (mesh_of(p, cfg, world, 4 // p.data_parallel_size(world)), p)):
-        tr = ParallelTrainer(make(cfg, mesh, how), t, Loader(data, 2, collate_gpt, rank=mesh.data, world=mesh.sizes.data), causal_lm_loss).fit()
+        tr = ParallelTrainer(make(cfg, mesh, how, getattr(torch, DTYPES[dtype])), t, Loader(data, 2, collate_gpt, rank=mesh.data, world=mesh.sizes.data), causal_lm_loss).fit()
         rows.append(np.array([[r["loss"], r["grad_norm"], r["tokens"], r["trained_tokens"]] for r in tr.rows]))
     far = np.abs(rows[1] - rows[0])
     return dict(loss=float(far[:, 0].max()), norm=float((far[:, 1] / rows[0][:, 1]).max()), tokens=float(far[:, 2:].max()))

@@ -12,6 +12,7 @@ from ascend_nb import training
 from ascend_nb.checkpoint import RunDir
 from ascend_nb.config import RunConfig
 from ascend_nb.core import DETERMINISTIC, UserError, make_deterministic
+from ascend_nb.mesh import launch
 from ascend_nb.schema import parse_args
 from ascend_nb.trainer import Callback
 
@@ -50,6 +51,30 @@ def test_two_runs_and_a_resumed_one_have_the_same_bits(config, model):  # noqa: 
     training.run(runs[2], json=True)
     a, b, c = map(weights, runs)
     assert torch.are_deterministic_algorithms_enabled() and a and a == b == c
+
+
+def bits(run, step):
+    "The bytes of every tensor in every file of a step: of weights, moments, generators."
+    folder = RunDir(run).step_path(step)
+    return {(p.name, n): t.numpy().tobytes() for p in sorted(folder.glob("*.safetensors")) for n, t in load_file(p).items()}
+
+
+@pytest.mark.parametrize("model", [[], pytest.param(["--model-type", "mixtral", "--norm-topk-prob", "--num-experts", "4", "--num-experts-per-tok", "2", "--intermediate-size", "32",
+                                                     "--moe-intermediate-size", "32"], marks=pytest.mark.slow)], ids=["dense", "experts"])
+def test_two_processes_have_the_same_bits_twice_and_after_a_stop(data, samples, tmp_path, model):  # noqa: F811
+    def train(save, steps, *more):
+        flags = ["--data-path", data / "tales_text_document", "--tokenizer-name-or-path", samples / "tokenizer", "--hidden-size", "48", "--num-hidden-layers", "2", "--num-attention-heads", "4",
+                 "--num-key-value-heads", "2", "--seq-length", "32", "--micro-batch-size", "2", "--global-batch-size", "4", "--lr", "3e-3", "--lr-decay-iters", "6", "--save-interval", "3",
+                 "--tensor-model-parallel-size", "2", "--sequence-parallel", "--deterministic", "--device", "cpu", *model]
+        outs = launch(["-m", "ascend_nb.cli", "train", *flags, "--train-iters", steps, "--save", tmp_path / save, *more], 2)
+        assert [code for code, *_ in outs] == [0, 0], outs
+    train("a", 6)
+    train("b", 3)
+    a, b = bits(tmp_path / "a", 3), bits(tmp_path / "b", 3)
+    assert len({name for name, _ in a}) == 2 and any(n.startswith("optim.") for _, n in a) and a == b
+    train("b", 6, "--resume", "must")
+    a, b = bits(tmp_path / "a", 6), bits(tmp_path / "b", 6)
+    assert a and a == b
 
 
 def test_another_seed_has_other_bits(config):  # noqa: F811

@@ -1,8 +1,10 @@
 """Configs in and out: YAML, dict and command line agree; each wrong input is one sentence."""
+from dataclasses import MISSING
+
 import pytest
 from ascend_nb.config import EvalConfig, FetchConfig, GenerateConfig, ModelConfig, PreprocessConfig, RunConfig, TrainConfig
 from ascend_nb.core import UserError
-from ascend_nb.schema import from_dict, knobs, load_yaml, parse_args, save_yaml, to_args, to_dict
+from ascend_nb.schema import from_dict, knobs, load_yaml, parse_args, plain_type, save_yaml, to_args, to_dict
 
 ALL = [EvalConfig, FetchConfig, GenerateConfig, ModelConfig, PreprocessConfig, RunConfig, TrainConfig]
 
@@ -16,6 +18,15 @@ def test_every_knob_is_explained(cls):
 def test_flags_are_unique(cls):
     names = [k.name for k in knobs(cls)]
     assert len(names) == len(set(names)), "a flag must reach one knob"
+
+
+@pytest.mark.parametrize("cls", [RunConfig, PreprocessConfig, EvalConfig, GenerateConfig], ids=lambda c: c.__name__)
+def test_other_spellings_of_a_switch_stand_alone(cls):
+    for k in knobs(cls):
+        for alias in k.flags if plain_type(k.type) is bool else ():
+            name = alias.split("=")[0]
+            got = parse_args(cls, [name, *(w for m in knobs(cls) if m.default is MISSING for w in (m.flag, "x"))])
+            assert getattr(getattr(got, k.path[0]) if k.path else got, k.name) is True, name
 
 
 ARGS = ["--lr", "0.001", "--data-path", "0.3", "a", "0.7", "b", "--hidden-size", "64", "--eos-token-id", "1", "2", "--no-tie-word-embeddings",
