@@ -46,6 +46,10 @@ def _places() -> dict: return {k.name: ".".join((*k.path, k.name)) for k in reve
 def flag_table() -> dict: # flag -> Row, for training
     "Every flag that is known, in the file's order."
     data, out = flag_file(), {}
+    ruled = {f for g in data["rules"] for f in g["flags"].split()}
+    for k in knobs(config.RunConfig): # a knob's own aliases
+        for name, eq, value in (a[2:].partition("=") for a in k.flags):
+            if name not in ruled: out[name] = Row(name, "same", ((".".join((*k.path, k.name)), value if eq else None),))
     for flag in data["same"].split(): out[flag] = Row(flag, "same", ((_places()[flag.replace("-", "_")], None),))
     for flag, to in data["becomes"].items(): out.setdefault(flag, Row(flag, "becomes", _targets(to)))
     for kind in KINDS[2:]:
