@@ -7,7 +7,7 @@ __all__ = ['Fate', 'draft_of', 'config_of', 'name_family', 'Imported', 'import_t
            'table_text', 'run', 'train_words']
 
 # %% ../nbs/44c_scripts.ipynb #0ef01b36
-import difflib, re
+import difflib, re, shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -179,7 +179,10 @@ def start_line(
 ) -> str: # a command
     "The command that does the same here."
     o = i.launch.options
-    if i.command != "train": return f"ascend_nb {i.command} --config {file}"
+    if i.command != "train":
+        n, world = getattr(i.cfg, "tensor_model_parallel_size", 1) * getattr(i.cfg, "pipeline_model_parallel_size", 1), i.launch.world or 1
+        if i.command == "evaluate" and world % n == 0: n = world # more processes share the questions
+        return f"ascend_nb {i.command} --config {file}" if n == 1 else f"torchrun --nproc-per-node {n} -m ascend_nb.cli {i.command} --config {file}"
     known = [f"--{k.replace('_', '-')} {o[k]}" for k in ("nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port") if o.get(k)]
     return " ".join(["torchrun", *known, "-m ascend_nb.cli train --config", file]) if known else f"ascend_nb train --config {file}"
 
@@ -207,12 +210,12 @@ def _head(i: Imported) -> list:
     "The comment above the YAML."
     out, hosts = [phrase("yaml_head", path=i.path)], i.launch.options.get("nnodes", "1")
     out.append(phrase("yaml_start") if hosts == "1" or i.command != "train" else phrase("yaml_hosts", n=hosts))
-    out += [f"    export {k}={v}" for k, v in i.script.variables.items() if _ENV.match(k) and isinstance(v, str)] if i.command == "train" else []
+    out += [f"    export {k}={shlex.quote(v)}" for k, v in i.script.variables.items() if _ENV.match(k) and isinstance(v, str)] if i.command == "train" else []
     out.append("    " + start_line(i))
     if i.command == "train": out += grid_notes(i)
     if i.holes: out.append(phrase("yaml_fill", holes=" ".join(i.holes)))
     for note in dict.fromkeys(t.note for t in i.heavy): out.append(phrase("yaml_other", flags=" ".join(f"--{t.flag}" for t in i.heavy if t.note == note), why=note))
-    return [f"# {line}" for line in out]
+    return [f"# {line}" for line in [*out, *i.draft.notes]]
 
 # %% ../nbs/44c_scripts.ipynb #4162960e
 def _line(knob: str, value, source: str, indent: str) -> str:
