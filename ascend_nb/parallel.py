@@ -136,6 +136,7 @@ def localize(
     module.forward = forward
     return module
 
+# %% ../nbs/25_parallel_layers.ipynb #3e22c6cd
 def distribute(
     module: nn.Module, # its own parameters are replaced
     mesh, # DeviceMesh of one or two axes
