@@ -19,6 +19,7 @@ class Command(NamedTuple):
     en: str # one line for the overview
     zh: str # the same in Chinese
     run: str = "run" # the function's name
+    words: str = "" # module:function that turns other people's flags into ours before they are read
 
 GROUPS = {"data": ("look at data: what it is, what the model sees, how long it is", "查看数据：是什么、模型看到什么、有多长")}
 
@@ -30,7 +31,8 @@ COMMANDS = {
     "data sniff": Command("inspect_data", "SniffConfig", "what a file is, which rows are bad, and the command that preprocesses it", "文件是什么、哪些行有问题、应使用的预处理命令", "run_sniff"),
     "data show": Command("inspect_data", "ShowConfig", "a sample as the model sees it, coloured by what is learned", "按是否学习着色显示模型看到的样本", "run_show"),
     "data report": Command("inspect_data", "ReportConfig", "tokens, lengths and packing of what preprocessing wrote", "预处理结果的词元数、长度与打包情况", "run_report"),
-    "train": Command("training", "RunConfig", "pretrain or fine-tune, from a YAML file or flags", "预训练或全参微调，配置来自 YAML 或命令行"),
+    "train": Command("training", "RunConfig", "pretrain or fine-tune, from a YAML file or flags", "预训练或全参微调，配置来自 YAML 或命令行", words="scripts:train_words"),
+    "import-script": Command("scripts", "ImportScriptConfig", "a launch script of ModelLink's as YAML for the command that does the same here", "把 ModelLink 启动脚本转换为本工具对应命令的 YAML"),
     "convert": Command("convert", "ModelLinkConvertConfig", "weights between Hugging Face, Megatron legacy and core, cut for any parallel sizes", "在 Hugging Face、Megatron legacy 与 core 之间转换权重，支持任意并行切分"),
     "generate": Command("generate", "GenerateConfig", "continue a text, streaming", "流式续写文本"),
     "chat": Command("chat", "ChatConfig", "talk with a model", "人机对话"),
@@ -83,6 +85,7 @@ def _module(name: str):
         check_pair()
         raise UserError("npu_import", why=str(e.__cause__ or e).splitlines()[0]) from None
 
+# %% ../nbs/69_cli.ipynb #40e9302b
 def run_command(
     name: str, # a key of COMMANDS, e.g. "train" or "data sniff"
     argv: list # its arguments
@@ -92,6 +95,9 @@ def run_command(
     as_json, show = _take(argv, "--json"), _take(argv, "--print-config")
     cls, prog = getattr(importlib.import_module("ascend_nb.config"), cmd.config), f"ascend_nb {name}"
     if _take(argv, "-h") or _take(argv, "--help"): print(parser(cls, prog).format_help(), end=""); return 0
+    if cmd.words:
+        module, _, function = cmd.words.partition(":")
+        argv = getattr(importlib.import_module(f"ascend_nb.{module}"), function)(argv)
     cfg = parse_args(cls, argv, prog)
     if show: print(dump_yaml(cfg), end=""); return 0
     out = getattr(_module(cmd.module), cmd.run)(cfg, json=as_json)

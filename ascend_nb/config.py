@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['RowsConfig', 'PreprocessConfig', 'DataConfig', 'MemoryConfig', 'ParallelConfig', 'OptimizerConfig', 'TrainConfig',
            'RunConfig', 'SampleConfig', 'GenerateConfig', 'ChatConfig', 'EvalConfig', 'SniffConfig', 'ShowConfig',
-           'ReportConfig', 'FetchConfig', 'DoctorConfig', 'QuickstartConfig', 'ConvertConfig', 'ModelLinkConvertConfig']
+           'ReportConfig', 'FetchConfig', 'DoctorConfig', 'QuickstartConfig', 'ConvertConfig', 'ModelLinkConvertConfig',
+           'ImportScriptConfig']
 
 # %% ../nbs/03_config.ipynb #0884ff70
 from dataclasses import dataclass, field
@@ -341,3 +342,11 @@ class ModelLinkConvertConfig(ConvertConfig):
     no_checking: bool = knob(False, advanced=True) # everything is checked all the same
     save_layer_by_layer: bool = knob(False, advanced=True) # always less than a layer is in memory
     expert_tensor_parallel_size: int | None = knob(None, low=1, high=1, advanced=True) # only 1 is known
+
+# %% ../nbs/03_config.ipynb #3f053b2f
+@dataclass
+class ImportScriptConfig:
+    "A launch script of ModelLink's (pretrain, tune, generate, chat, evaluate, data_convert, ckpt_convert) as YAML for the command that does the same here."
+    script: str = knob(positional=True) # the .sh file; it is read, never run
+    strict: bool = False # a flag that is not known is an error
+    new_weights: bool = False # leave out the script's --load: train a new model in the shape that its flags give

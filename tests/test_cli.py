@@ -48,7 +48,7 @@ def test_a_group_lists_its_commands(args):
     assert "train" not in out.stdout.split("\n\n")[1]
 
 
-COMMAND_NAMES = ["quickstart", "doctor", "fetch", "preprocess", "data sniff", "data show", "data report", "train", "convert", "generate", "chat", "evaluate"]
+COMMAND_NAMES = ["quickstart", "doctor", "fetch", "preprocess", "data sniff", "data show", "data report", "train", "import-script", "convert", "generate", "chat", "evaluate"]
 
 
 @pytest.mark.parametrize("name", COMMAND_NAMES)
