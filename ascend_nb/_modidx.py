@@ -138,6 +138,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'ascend_nb.callbacks._fail': ('callbacks.html#_fail', 'ascend_nb/callbacks.py'),
                                      'ascend_nb.callbacks._finite': ('callbacks.html#_finite', 'ascend_nb/callbacks.py'),
                                      'ascend_nb.callbacks._guilty': ('callbacks.html#_guilty', 'ascend_nb/callbacks.py'),
+                                     'ascend_nb.callbacks._in_all': ('callbacks.html#_in_all', 'ascend_nb/callbacks.py'),
                                      'ascend_nb.callbacks.keep_batch': ('callbacks.html#keep_batch', 'ascend_nb/callbacks.py'),
                                      'ascend_nb.callbacks.shown': ('callbacks.html#shown', 'ascend_nb/callbacks.py'),
                                      'ascend_nb.callbacks.usual': ('callbacks.html#usual', 'ascend_nb/callbacks.py')},
