@@ -88,6 +88,7 @@ class Validation(Callback):
         k = t.cfg.eval_interval
         if k and (t.step % k == 0 or t.step == t.cfg.train_iters): t.extra["valid_loss"] = t.evaluate()
 
+# %% ../nbs/42_callbacks.ipynb #5e69fbc6
 def _in_all(t, yes): # is it so in every process? They must go on, or stop, at the same step
     mesh = getattr(t, "mesh", None)
     return yes if mesh is None else int(mesh.total([yes])[0]) == mesh.sizes.world
