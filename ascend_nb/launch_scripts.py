@@ -23,6 +23,7 @@ messages(
                 "第 {line} 行：续行的命令中有注释，已忽略（{what}）；bash 不会忽略它"),
     sh_source=("line {line}: {what} is another file, which is not read", "第 {line} 行：{what} 是另一个文件，不会读取"),
     sh_quote=("Found a {quote} on line {line} that is never closed; expected another one. Mend the script.", "第 {line} 行的 {quote} 没有闭合。请修正脚本。"),
+    sh_sum_left=("line {line}: {why} {hole} stands for it", "第 {line} 行：{why}以 {hole} 代替"),
     sh_sum=("Found $(({what})) on line {line}; expected whole numbers and + - * / % ( ). Mend the script.", "第 {line} 行的 $(({what})) 无法计算；应为整数和 + - * / % ( )。请修正脚本。"),
 )
 
@@ -145,7 +146,8 @@ def _dollar(self, whole: bool = False) -> str | list:
     elif self.see("$(("):
         what = self.until("))", here + 3)
         what = re.sub(r"\$?\{?([A-Za-z_]\w*)\}?", lambda m: self.value(m[1]) or "0", what)
-        return whole_sum(what, {}.get, self.line)
+        try: return whole_sum(what, {}.get, self.line)
+        except UserError as e: self.told("sh_sum_left", why=e, hole=hole("sum")); return hole("sum")
     elif self.see("$("): what = self.until(")", here + 2)
     elif self.see("${"): return self.braces(self.until("}", here + 2))
     else:
@@ -222,7 +224,10 @@ def _assign(self, name: str, more: bool) -> None:
             if self.at >= len(self.text) - 1: raise UserError("sh_quote", quote="(", line=line)
             if self.see("#"): self.at = self.text.index("\n", self.at)
             elif self.text[self.at] in " \t\n;|&": self.at += 1
-            else: value += self.word()[0]
+            else:
+                begin = self.at
+                value += self.word()[0]
+                self.at += self.at == begin # a bracket or a redirection, which has no business here
         self.at += 1
     else:
         value = _phrase(name, self.word()[2])
