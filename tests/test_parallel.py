@@ -10,7 +10,7 @@ from conftest import ROOT
 from parallel_worker import SHAPES, V, make
 
 from ascend_nb.config import ModelConfig, ParallelConfig, TrainConfig
-from ascend_nb.core import UserError
+from ascend_nb.core import UserError, pick_device
 from ascend_nb.datasets import Loader, Sample, collate_gpt
 from ascend_nb.losses import causal_lm_loss
 from ascend_nb.mesh import Mesh, Sizes, check, free_port, launch
@@ -169,3 +169,12 @@ def test_two_launchers_are_two_hosts(shapes, samples):
     ends = [(h.communicate(timeout=300), h.returncode) for h in hosts]
     assert [code for _, code in ends] == [0, 0], ends
     assert json.loads(ends[0][0][0])["steps"] == 2 and ends[1][0][0] == ""  # the first host tells, the other is quiet
+
+
+def test_every_process_of_a_host_has_a_card_of_its_own(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert str(pick_device("cuda").value) == "cuda"
+    for k, v in dict(RANK="5", LOCAL_RANK="1", WORLD_SIZE="8").items(): monkeypatch.setenv(k, v)
+    assert [str(pick_device(d).value) for d in ("cuda", "cuda:0", "cpu")] == ["cuda:1", "cuda:0", "cpu"]
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UserError, match="Found no cuda device"): pick_device("cuda")
