@@ -8,8 +8,10 @@ __all__ = ['TAGS', 'ProgressBar', 'MetricsLog', 'TensorBoard', 'Validation', 'Ch
 
 # %% ../nbs/42_callbacks.ipynb #577dd7ed
 import importlib.util, json, math, os, signal, threading, time
+from contextlib import suppress
 import torch
 from torch import Tensor
+from .async_save import Writer
 from .checkpoint import RunDir, check_step, save_step
 from .core import Progress, UserError, atomic_file, messages, need, rank_info, say
 from .datasets import Batch
@@ -86,26 +88,46 @@ class Validation(Callback):
         k = t.cfg.eval_interval
         if k and (t.step % k == 0 or t.step == t.cfg.train_iters): t.extra["valid_loss"] = t.evaluate()
 
+# %% ../nbs/42_callbacks.ipynb #5e69fbc6
+def _in_all(t, yes): # is it so in every process? They must go on, or stop, at the same step
+    mesh = getattr(t, "mesh", None)
+    return yes if mesh is None else int(mesh.total([yes])[0]) == mesh.sizes.world
+
 class Checkpointer(Callback):
     "A saved step each save_interval and at the end or a stop; the newest `keep_last` stay."
     order = 80
     def __init__(self,
         run: RunDir # where
-    ): self.run = run
+    ): self.run, self.writer = run, None
 
-    def before_fit(self, t): self.saved = t.step
+    def before_fit(self, t): self.saved, self.writer = t.step, Writer() if t.cfg.async_save else None
     def after_step(self, t):
+        if self.writer and self.writer.job and _in_all(t, self.writer.ended()): self.settle(t)
         if t.cfg.save_interval and t.step % t.cfg.save_interval == 0: self.save(t)
     def after_fit(self, t):
         if self.saved != t.step: self.save(t)
+        self.settle(t)
+    def on_error(self, t, error):
+        with suppress(Exception): self.writer and self.writer.finish() # a step that is being written is not lost
 
     def save(self,
         t: Trainer # to save
     ) -> None:
-        "Save now. A broken folder of the same step is replaced."
-        folder = self.run.step_path(t.step)
-        save_step(folder, *t.snapshot(), replace=bool(check_step(folder)))
-        self.saved = t.step
+        "Save now, or with `async_save` copy now and write in the background. A broken folder of the same step is replaced."
+        self.settle(t)
+        folder, self.saved = self.run.step_path(t.step), t.step
+        step = folder, *t.snapshot(), bool(check_step(folder))
+        if self.writer: return self.writer.begin(*step)
+        save_step(*step)
+        self.prune(t)
+
+    def settle(self,
+        t: Trainer # whose step may be on its way to the disk
+    ) -> None:
+        "Wait for the step that is being written. Raises what went wrong."
+        if self.writer and self.writer.finish(): self.prune(t)
+
+    def prune(self, t: Trainer) -> None: # t: keep_last
         if rank_info().is_main: self.run.prune(t.cfg.keep_last) # one process of many: two would rename the same folder
 
 # %% ../nbs/42_callbacks.ipynb #bf3b50c1
@@ -129,7 +151,7 @@ class StopOnSignal(Callback):
         for s, old in self.old.items(): signal.signal(s, old)
         self.old = {}
 
-# %% ../nbs/42_callbacks.ipynb #1330d902
+# %% ../nbs/42_callbacks.ipynb #68f19ae3
 class StopOnRequest(Callback):
     "A file RUN/job/stop ends the run after the current step. One that was there before the run, from an earlier one, is passed over."
     order = 0
@@ -142,6 +164,8 @@ class StopOnRequest(Callback):
         try: asked = self.path.stat().st_mtime >= self.since
         except FileNotFoundError: return
         if asked and not t.stopped: t.stop("request")
+
+
 
 # %% ../nbs/42_callbacks.ipynb #6177b974
 def shown(

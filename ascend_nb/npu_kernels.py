@@ -233,7 +233,8 @@ class _BlockAttention(torch.autograd.Function):
 def _attention_cpu(q, k, v, causal, window, cu_seqlens, scale):
     "blocks of queries, each against the keys it can see: two thirds of SDPA's time at 256 tokens"
     B, N, S, _ = q.shape
-    if S == 1 or not causal or q.dtype in (torch.bfloat16, torch.float16): return _attention(q, k, v, causal, window, cu_seqlens, scale)
+    short = cu_seqlens is None and not window and S == k.shape[2] <= BLOCK # a single block: nothing to save
+    if S == 1 or short or not causal or q.dtype in (torch.bfloat16, torch.float16): return _attention(q, k, v, causal, window, cu_seqlens, scale)
     if cu_seqlens is None: return _BlockAttention.apply(q, k, v, _plan([S], k.shape[2], window), window, scale)
     plan = _plan(_ends(cu_seqlens, B, S), B * S, window)
     out = _BlockAttention.apply(_flat(q), _flat(k), _flat(v), plan, window, scale)

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor._dtensor_spec import DTensorSpec
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 from .mesh import Mesh
 from .npu_kernels import KERNELS, pick
@@ -96,12 +97,25 @@ class Doors:
         return _Door.apply(x, partial(part, group=self.group), self.all) if self.sequence else x
 
 # %% ../nbs/25_parallel_layers.ipynb #b2c837c3
+class _Local(torch.autograd.Function):
+    "`DTensor.to_local` at half its cost: what the gradient means is worked out before, not at every backward."
+    @staticmethod
+    def forward(ctx, p, spec):
+        ctx.spec, t = spec, p._local_tensor
+        return t.view_as(t)
+    @staticmethod
+    def backward(ctx, g): return DTensor(g.contiguous(), ctx.spec, requires_grad=False), None
+
+def _gradient_of(spec, summands): # of a parameter -> of its gradient
+    where = tuple(q if q.is_shard() else Partial() if summands else q for q in spec.placements)
+    return DTensorSpec(spec.mesh, where, tensor_meta=spec.tensor_meta)
+
 def local(
     p: DTensor, # a parameter
     summands: bool # does each process see only its part of the gradient of what is not cut?
 ) -> Tensor: # the part to compute on
     "The local part, its gradient's meaning kept."
-    return p.to_local(grad_placements=[q if q.is_shard() else Partial() if summands else q for q in p.placements])
+    return _Local.apply(p, _gradient_of(p._spec, summands))
 
 def localize(
     module: nn.Module, # whose own parameters are DTensors
@@ -109,16 +123,20 @@ def localize(
     share: int = 1 # the bias is divided by this
 ) -> nn.Module: # the same
     "Let a module compute on local parts."
-    inner = module.forward
+    inner, known = module.forward, {} # name -> a parameter's meaning, and its gradient's
     def forward(*args, **kw):
         held = dict(module._parameters)
         for n, p in held.items():
-            if isinstance(p, DTensor): module._parameters[n] = local(p, summands) / share if n == "bias" and share > 1 else local(p, summands)
+            if not isinstance(p, DTensor): continue
+            if known.get(n, (None,))[0] is not p._spec: known[n] = p._spec, _gradient_of(p._spec, summands)
+            t = _Local.apply(p, known[n][1])
+            module._parameters[n] = t / share if n == "bias" and share > 1 else t
         try: return inner(*args, **kw)
         finally: module._parameters.update(held)
     module.forward = forward
     return module
 
+# %% ../nbs/25_parallel_layers.ipynb #3e22c6cd
 def distribute(
     module: nn.Module, # its own parameters are replaced
     mesh, # DeviceMesh of one or two axes
@@ -228,18 +246,23 @@ class _VocabCE(torch.autograd.Function):
     "Head and loss in one, words dealt over a group."
     @staticmethod
     def forward(ctx, hidden, weight, labels, rows, cap, group):
-        loss, dh, dw = _vocab_ce(hidden, weight, labels, rows, cap, group)
-        ctx.save_for_backward(dh, dw)
+        ctx.save_for_backward(hidden, weight, labels)
+        ctx.how = rows, cap, group
+        loss, *ctx.grads = _vocab_ce(hidden, weight, labels, *ctx.how)
         return loss
 
     @staticmethod
     def backward(ctx, scale):
-        dh, dw = ctx.saved_tensors
-        return dh * scale, dw * scale, None, None, None, None
+        "Gradients are given away, not copied; a pipeline that asks for one now and the other later gets each, and a second backward makes them again."
+        need = ctx.needs_input_grad[:2]
+        if any(n and g is None for n, g in zip(need, ctx.grads)): ctx.grads = list(_vocab_ce(*ctx.saved_tensors, *ctx.how)[1:])
+        given = [g.mul_(scale) if n else None for n, g in zip(need, ctx.grads)]
+        ctx.grads = [None if n else g for n, g in zip(need, ctx.grads)]
+        return *given, None, None, None, None
 
 def _vocab_ce(hidden, weight, labels, rows, cap, group):
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    loss, dh, dw, n = hidden.new_zeros((), dtype=wide), torch.empty_like(hidden), torch.zeros_like(weight, dtype=wide), len(weight)
+    loss, dh, dw, n = hidden.new_zeros((), dtype=wide), torch.empty_like(hidden), None, len(weight)
     for h, y, d in zip(hidden.split(rows), labels.split(rows), dh.split(rows)):
         z, at = (h @ weight.t()).to(wide), y - group.rank() * n
         if cap: z = z.div_(cap).tanh_(); slope = (1 - z * z) if cap else None; z.mul_(cap)
@@ -254,7 +277,8 @@ def _vocab_ce(hidden, weight, labels, rows, cap, group):
         g = z.div_(both[:, 1:]).scatter_add_(1, at, -mine.to(wide))
         g = (g if not cap else g.mul_(slope)).to(h.dtype)
         torch.mm(g, weight, out=d)
-        dw.addmm_(g.t(), h) if h.dtype == wide else dw.add_(g.t() @ h)
+        if dw is None: dw = (g.t() @ h).to(wide)
+        else: dw.addmm_(g.t(), h) if h.dtype == wide else dw.add_(g.t() @ h)
     return loss, dh, dw.to(weight.dtype)
 
 # %% ../nbs/25_parallel_layers.ipynb #29731bbb

@@ -54,7 +54,6 @@ _IDLE = { # switch -> (what it needs, is it there?)
     "sequence_parallel": ("tensor_model_parallel_size above 1", lambda p, m, s: s.tp > 1),
     "use_ascend_mc2": ("tensor_model_parallel_size above 1", lambda p, m, s: s.tp > 1),
     "fsdp_size": ("zero_stage 1 to 3", lambda p, m, s: p.zero_stage > 0),
-    "cpu_offload": ("several data or context parallel processes", lambda p, m, s: s.data * s.cp > 1),
     "pipeline_schedule": ("pipeline_model_parallel_size above 1", lambda p, m, s: s.pp > 1),
     "context_parallel_algo": ("context_parallel_size above 1", lambda p, m, s: s.cp > 1),
     "ulysses_degree_in_cp": ("context_parallel_algo=hybrid_cp_algo", lambda p, m, s: p.context_parallel_algo == "hybrid_cp_algo"),
