@@ -80,7 +80,8 @@ class Job:
     @property
     def asked(self) -> bool: return (self.folder / STOP).exists()
 
-    def steps(self) -> tuple: # steps done, steps in all; (0, 0) before the first row
+    def steps(self) -> tuple: # (steps done, steps in all); zeros before the first row
+        "How far it is."
         rows = self.run.rows()
         total = [r["total_steps"] for r in rows if "total_steps" in r]
         return max([r["step"] for r in rows if "loss" in r], default=0), total[-1] if total else 0
@@ -91,19 +92,8 @@ class Job:
         done, total = self.steps()
         if end: return "finished" if end["code"] == 0 and done >= total else "stopped" if self.asked or end["code"] == 0 else "failed"
         if began is None: return "starting" if time.time() - (self.folder / JOB).stat().st_mtime < 60 else "died"
-        if living(began["keeper"]): return "stopping" if self.asked else "running" if [r for r in self.run.rows() if "loss" in r and r["time"] >= began["time"]] else "starting"
+        if living(began["keeper"]) or living(began["command"]): return "stopping" if self.asked else "running" if [r for r in self.run.rows() if "loss" in r and r["time"] >= began["time"]] else "starting"
         return "died" if began["keeper"]["host"] == os.uname().nodename else "elsewhere"
-
-    def tail(self,
-        lines: int = 20 # at most
-    ) -> str:
-        "The last lines that it printed."
-        log = self.folder / LOG
-        if not log.is_file(): return ""
-        with open(log, "rb") as f:
-            f.seek(max(0, log.stat().st_size - 2**16))
-            text = f.read().decode("utf-8", "replace")
-        return "\n".join(line.rpartition("\r")[2] for line in text.replace("\r\n", "\n").splitlines()[-lines:])
 
     def __repr__(self):
         done, total = self.steps()
@@ -115,13 +105,24 @@ messages(
     job_stopped=("stopped", "已停止"), job_failed=("failed", "失败"), job_died=("died", "意外终止"), job_elsewhere=("on another host", "在其他主机上"),
 )
 
+def _tail(self: Job,
+    lines: int = 20 # at most
+) -> str:
+    "The last lines that it printed."
+    log = self.folder / LOG
+    if not log.is_file(): return ""
+    with open(log, "rb") as f:
+        f.seek(max(0, log.stat().st_size - 2**16))
+        text = f.read().decode("utf-8", "replace")
+    return "\n".join(line.rpartition("\r")[2] for line in text.replace("\r\n", "\n").split("\n")[-lines - 1:] if line)
+
 def _html(job: Job) -> str:
     done, total = job.steps()
     row = next((r for r in reversed(job.run.rows()) if "loss" in r), None)
     facts = [phrase("job_" + job.state), f"{done}/{total or '?'}", *([f"loss {row['loss']:.4f}", f"{row['tokens_per_s']:,.0f} tokens/s"] if row else [])]
     return f"<b>{escape(str(job.run.path))}</b> · {' · '.join(facts)}<pre style='max-height:16em;overflow:auto'>{escape(job.tail(12))}</pre>"
 
-Job._repr_html_ = _html
+Job.tail, Job._repr_html_ = _tail, _html
 
 # %% ../nbs/45a_jobs.ipynb #e6fec64a
 def launch(
@@ -174,7 +175,8 @@ list = list_jobs # jobs.list(); not among the names that a star imports
 def _stop(self: Job) -> str: # the state now
     "Ask the run to save and stop; the second call ends its processes. Raises UserError where it runs no more."
     if self.state not in LIVE: raise UserError("job_over", path=self.run.path, state=phrase("job_" + self.state), what="stop")
-    if self.asked and self.started: end_family(self.started["keeper"])
+    if self.asked and self.started:
+        for who in self.started["keeper"], self.started["command"]: end_family(who)
     else: (self.folder / STOP).touch()
     return self.state
 
