@@ -43,7 +43,7 @@ def test_npu_extra_pins_torch_to_torch_npu():
 def test_base_install_is_small():
     base = {norm(Requirement(r).name) for r in META["requirements"].split()}
     assert base == {"torch", "numpy", "safetensors", "transformers", "datasets", "sentencepiece", "huggingface-hub", "matplotlib",
-                    "ipywidgets", "fastcore", "pyyaml"}
+                    "ipywidgets", "fastcore", "pyyaml", "psutil"}
 
 
 def test_no_module_outlives_its_notebook():
