@@ -20,12 +20,12 @@ from .core import UserError, atomic_dir, atomic_file, check_space, messages, ran
 # %% ../nbs/30_checkpoint.ipynb #2c27a873
 FILE_BYTES = 256 * 2**20 # the writer holds one file in memory at a time
 
-def _files(tensors: dict) -> dict: # name -> number of the file, from 1
+def _files(tensors: dict, group=None) -> dict: # name -> number of the file, from 1
     "Deal tensors to files of about FILE_BYTES, in order. Processes that hold different tensors number them together."
     place, number, size, sizes = {}, 1, 0, {k: t.nbytes for k, t in tensors.items()}
     if dist.is_initialized():
         every = [None] * dist.get_world_size()
-        dist.all_gather_object(every, sizes)
+        dist.all_gather_object(every, sizes, group=group)
         sizes = {k: n for some in every for k, n in some.items()}
     for name, n in sizes.items():
         if size and size + n > FILE_BYTES: number, size = number + 1, 0
@@ -46,11 +46,12 @@ def _as_user_error(folder, need_bytes=0):
 
 def write_tensors(
     folder, # an existing folder
-    tensors: dict # name -> Tensor or DTensor; none may share storage with another
+    tensors: dict, # name -> Tensor or DTensor; none may share storage with another
+    group=None # of all processes; none: torch's own
 ) -> None:
     "Write tensors as safetensors files by DCP. Raises UserError where the disk refuses."
-    writer = dcp.HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=_files(tensors), save_distributed=True)
-    with _as_user_error(folder): dcp.save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
+    writer = dcp.HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=_files(tensors, group), save_distributed=True)
+    with _as_user_error(folder): dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=not dist.is_initialized())
 
 # %% ../nbs/30_checkpoint.ipynb #7050ad30
 def stored(
@@ -144,40 +145,58 @@ def _sha256_slow(f) -> str: # Python 3.10 has no file_digest
     while block := f.read(2**20): h.update(block)
     return h.hexdigest()
 
-@contextmanager
-def _one_dir(folder, replace):
-    "`atomic_dir` for all processes of a run: the first one makes and names it; an error of it is raised in all."
-    if not dist.is_initialized():
-        with atomic_dir(folder, replace) as tmp: yield tmp
-        return
-    box, made = [None], atomic_dir(folder, replace)
-    if dist.get_rank() == 0:
-        try: box = [(str(made.__enter__()), None)]
-        except UserError as e: box = [(None, (e.key, {k: str(v) for k, v in e.facts.items()}))]
-    dist.broadcast_object_list(box)
-    if box[0][1]: raise UserError(box[0][1][0], **box[0][1][1])
-    try: yield Path(box[0][0])
-    except BaseException as e:
-        if dist.get_rank() == 0: made.__exit__(type(e), e, e.__traceback__)
-        raise
-    if dist.get_rank() == 0: made.__exit__(None, None, None)
-    dist.barrier()
+def _all(make, group=None) -> list: # what it gave in every process
+    "Do something in all processes of a group; what goes wrong in one is raised in all."
+    if not dist.is_initialized(): return [make()]
+    out, error, every = None, None, [None] * dist.get_world_size()
+    try: out = make()
+    except UserError as e: error = e.key, {k: str(v) for k, v in e.facts.items()}
+    except OSError as e: error = "step_io", dict(path=str(e.filename), why=e.strerror or str(e))
+    dist.all_gather_object(every, (out, error), group=group)
+    for _, error in every:
+        if error: raise UserError(error[0], **error[1])
+    return [out for out, _ in every]
 
+@contextmanager
+def _one_dir(folder, replace, group):
+    "`atomic_dir` for all processes of a run: the first one makes and names it."
+    first, made = _place()[0] == 0, atomic_dir(folder, replace)
+    tmp = _all(lambda: str(made.__enter__()) if first else None, group)[0]
+    try: yield Path(tmp)
+    except BaseException as e:
+        if first: made.__exit__(type(e), e, e.__traceback__)
+        raise
+    _all(lambda: made.__exit__(None, None, None) if first else None, group)
+
+def _place() -> tuple: return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+def _seal(folder, state, group):
+    "Write what is no tensor, and a manifest of everything; each process adds up some of the files."
+    rank, n = _place()
+    def begin():
+        (folder / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+        return sorted(p.name for p in folder.iterdir())
+    names = _all(lambda: begin() if rank == 0 else None, group)[0]
+    sums = _all(lambda: {k: dict(bytes=(folder / k).stat().st_size, sha256=_sha256(folder / k)) for k in names[rank::n]}, group)
+    files = {k: d for some in sums for k, d in some.items()}
+    def end():
+        with atomic_file(folder / "manifest.json") as f: json.dump(dict(format="ascend_nb step", version=1, files=dict(sorted(files.items()))), f, indent=1)
+    _all(lambda: end() if rank == 0 else None, group)
+
+# %% ../nbs/30_checkpoint.ipynb #5468b1fa
 def save_step(
     folder, # final name, e.g. RunDir(...).step_path(100); must not exist
     tensors: dict, # name -> Tensor
     state: dict, # JSON: step, data position, loss scale …
-    replace: bool = False # may it take the place of a folder of this name? The old one goes only when the new one is whole
+    replace: bool = False, # may it take the place of a folder of this name? The old one goes only when the new one is whole
+    group=None # of all processes, to talk through while they save; none: the group of everything else
 ) -> Path: # the folder
-    "Write one step atomically. Raises UserError if there is no room or the name is taken; then nothing is left behind."
-    folder = Path(folder)
-    check_space(folder.parent, sum((t.to_local() if hasattr(t, "to_local") else t).nbytes for t in tensors.values()) + 2**20)
-    with _one_dir(folder, replace) as tmp:
-        write_tensors(tmp, tensors)
-        if dist.is_initialized() and dist.get_rank(): return folder
-        (tmp / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
-        files = {p.name: dict(bytes=p.stat().st_size, sha256=_sha256(p)) for p in sorted(tmp.iterdir())}
-        with atomic_file(tmp / "manifest.json") as f: json.dump(dict(format="ascend_nb step", version=1, files=files), f, indent=1)
+    "Write one step atomically. Raises UserError if there is no room or the name is taken, in all processes; then nothing is left behind."
+    folder, size = Path(folder), sum((t.to_local() if hasattr(t, "to_local") else t).nbytes for t in tensors.values())
+    _all(lambda: check_space(folder.parent, size + 2**20), group)
+    with _one_dir(folder, replace, group) as tmp:
+        write_tensors(tmp, tensors, group)
+        _seal(tmp, state, group)
     return folder
 
 # %% ../nbs/30_checkpoint.ipynb #ab0db76b

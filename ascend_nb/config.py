@@ -184,6 +184,7 @@ class TrainConfig(OptimizerConfig):
     eval_iters: int = knob(8, low=1) # micro-batches in one validation
     save_interval: int = knob(0, low=0) # steps between checkpoints; 0: only at the end
     keep_last: int = knob(2, low=1, advanced=True) # checkpoints kept; older ones are removed
+    async_save: bool = knob(False, advanced=True) # copy a checkpoint to the host's memory and write it while training goes on
 
     def accumulation(self,
         dp: int = 1 # data parallel size

@@ -144,9 +144,9 @@ def pick_device(
     have = {"npu": npu_count, "cuda": torch.cuda.device_count, "cpu": lambda: 1}
     if kind == "npu": load_npu()
     if kind != "auto":
-        index = int(device.split(":")[1]) if ":" in device else 0
+        index = int(device.split(":")[1]) if ":" in device else 0 if kind == "cpu" else rank_info().local_rank # each process of a host has a card of its own
         if have[kind]() <= index: raise UserError("no_device", device=device)
-        return Choice(torch.device(device), "asked for")
+        return Choice(torch.device(device if kind == "cpu" or not index else f"{kind}:{index}"), "asked for")
     for kind, why in (("npu", "an NPU is visible"), ("cuda", "no NPU, a CUDA card is visible"), ("cpu", "no accelerator is visible")):
         if have[kind](): return Choice(torch.device(kind, rank_info().local_rank) if kind != "cpu" else torch.device(kind), why)
 

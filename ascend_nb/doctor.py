@@ -74,7 +74,7 @@ def parse_smi(
         elif len(cells) == 3 and cards and re.match(r"[0-9A-Fa-f]{4}:", cells[1]):
             pairs = re.findall(r"(\d+)\s*/\s*(\d+)", cells[2])
             if pairs: cards[-1].used_mb, cards[-1].total_mb = map(int, pairs[-1])
-        elif len(cells) == 4 and head and head[0].isdigit() and cells[1].isdigit() and cells[3].isdigit():
+        elif len(cells) in (4, 5) and head and head[0].isdigit() and cells[1].isdigit() and cells[3].isdigit():
             for c in cards:
                 if c.index == int(head[0]): c.processes.append([int(cells[1]), cells[2], int(cells[3])]); break
     return cards

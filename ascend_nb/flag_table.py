@@ -46,6 +46,10 @@ def _places() -> dict: return {k.name: ".".join((*k.path, k.name)) for k in reve
 def flag_table() -> dict: # flag -> Row, for training
     "Every flag that is known, in the file's order."
     data, out = flag_file(), {}
+    ruled = {f for g in data["rules"] for f in g["flags"].split()}
+    for k in knobs(config.RunConfig): # a knob's own aliases
+        for name, eq, value in (a[2:].partition("=") for a in k.flags):
+            if name not in ruled: out[name] = Row(name, "same", ((".".join((*k.path, k.name)), value if eq else None),))
     for flag in data["same"].split(): out[flag] = Row(flag, "same", ((_places()[flag.replace("-", "_")], None),))
     for flag, to in data["becomes"].items(): out.setdefault(flag, Row(flag, "becomes", _targets(to)))
     for kind in KINDS[2:]:
@@ -59,7 +63,7 @@ CONFIGS = {"train": "RunConfig", "generate": "GenerateConfig", "chat": "ChatConf
 
 messages(
     flag_folder=("the model's folder brings its shape, weights and tokenizer", "模型目录自带结构、权重与分词器"),
-    flag_one_device=("the command runs on one device", "该命令在单个设备上运行"),
+    flag_one_device=("the command cuts a model over tp and pp alone", "该命令只按 tp 与 pp 切分模型"),
     flag_not_for=("of no effect on `{command}`", "对 `{command}` 没有作用"),
     flag_program=("Found {file}, which has no counterpart here: {why}.", "{file} 在此没有对应命令：{why}。"),
     flag_program_unknown=("Found {file}; expected a Python file of ModelLink's: {known}. Name a launch script of ModelLink's or MindSpeed-LLM's.",

@@ -23,6 +23,7 @@ messages(
                 "第 {line} 行：续行的命令中有注释，已忽略（{what}）；bash 不会忽略它"),
     sh_source=("line {line}: {what} is another file, which is not read", "第 {line} 行：{what} 是另一个文件，不会读取"),
     sh_quote=("Found a {quote} on line {line} that is never closed; expected another one. Mend the script.", "第 {line} 行的 {quote} 没有闭合。请修正脚本。"),
+    sh_sum_left=("line {line}: {why} {hole} stands for it", "第 {line} 行：{why}以 {hole} 代替"),
     sh_sum=("Found $(({what})) on line {line}; expected whole numbers and + - * / % ( ). Mend the script.", "第 {line} 行的 $(({what})) 无法计算；应为整数和 + - * / % ( )。请修正脚本。"),
 )
 
@@ -95,6 +96,11 @@ class _Scanner:
     def told(self, key, **facts):
         note = phrase(key, line=self.line, **facts)
         if note not in self.out.notes: self.out.notes.append(note)
+    def upto(self, end: str, start: int) -> str: # the text before the next `end`; moves behind it
+        i = self.text.find(end, start)
+        if i < 0: raise UserError("sh_quote", quote=self.text[self.at:start], line=self.line)
+        self.at = i + len(end)
+        return self.text[start:i]
     def until(self, end: str, start: int) -> str: # the text from `start` to `end`, with brackets inside it closed; moves behind it
         i, level = start, 0
         while i < len(self.text):
@@ -136,11 +142,12 @@ def _braces(self, text: str) -> str | list:
 def _dollar(self, whole: bool = False) -> str | list:
     "Read what begins with `$` or a backquote, and move behind it."
     here = self.at
-    if self.see("`"): what = self.until("`", here + 1)
+    if self.see("`"): what = self.upto("`", here + 1)
     elif self.see("$(("):
         what = self.until("))", here + 3)
         what = re.sub(r"\$?\{?([A-Za-z_]\w*)\}?", lambda m: self.value(m[1]) or "0", what)
-        return whole_sum(what, {}.get, self.line)
+        try: return whole_sum(what, {}.get, self.line)
+        except UserError as e: self.told("sh_sum_left", why=e, hole=hole("sum")); return hole("sum")
     elif self.see("$("): what = self.until(")", here + 2)
     elif self.see("${"): return self.braces(self.until("}", here + 2))
     else:
@@ -157,7 +164,7 @@ def _quoted(self, quote: str) -> list:
     "The pieces of a string in quotes: text, and lists for \"${A[@]}\". Moves behind it."
     begin, out = self.at, [""]
     self.at += 1
-    if quote == "'": out[0] = self.until("'", self.at); return out
+    if quote == "'": self.at = begin; out[0] = self.upto("'", begin + 1); return out
     while not self.see('"'):
         if self.at >= len(self.text) - 1: self.at = begin; raise UserError("sh_quote", quote=quote, line=self.line)
         if self.see("\\\n"):
@@ -217,7 +224,10 @@ def _assign(self, name: str, more: bool) -> None:
             if self.at >= len(self.text) - 1: raise UserError("sh_quote", quote="(", line=line)
             if self.see("#"): self.at = self.text.index("\n", self.at)
             elif self.text[self.at] in " \t\n;|&": self.at += 1
-            else: value += self.word()[0]
+            else:
+                begin = self.at
+                value += self.word()[0]
+                self.at += self.at == begin # a bracket or a redirection, which has no business here
         self.at += 1
     else:
         value = _phrase(name, self.word()[2])
@@ -307,7 +317,8 @@ class Launch:
 
     @property
     def world(self) -> int | None: # processes in all; none: not known
-        try: return int(self.options.get("nproc_per_node", 1)) * int(self.options.get("nnodes", 1))
+        if self.starter == "deepspeed" and "num_gpus" not in self.options: return None # all that it can see
+        try: return int(self.options.get("nproc_per_node") or self.options.get("num_gpus", 1)) * int(self.options.get("nnodes") or self.options.get("num_nodes", 1))
         except ValueError: return None
 
 def launches(

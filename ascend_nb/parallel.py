@@ -27,7 +27,7 @@ def gather(
     "All-gather along any dimension."
     n, x = group.size(), x.contiguous()
     out = x.new_empty(n * x.shape[0], *x.shape[1:])
-    dist.all_gather_into_tensor(out, x, group=group)
+    dist.all_gather_single(out, x, group=group)
     if dim == 0: return out
     out = out.view(n, *x.shape).movedim(0, dim)
     return out.flatten(dim, dim + 1)
@@ -41,7 +41,7 @@ def scatter_sum(
     n = group.size()
     x = x.unflatten(dim, (n, -1)).movedim(dim, 0).contiguous()
     out = torch.empty_like(x[0])
-    dist.reduce_scatter_tensor(out, x.flatten(0, 1), group=group)
+    dist.reduce_scatter_single(out, x.flatten(0, 1), group=group)
     return out
 
 def total(

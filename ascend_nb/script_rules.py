@@ -102,6 +102,7 @@ _STRETCH = { # rope_type -> key of rope_scaling: (flags, default); None: the key
     "yarn": {"factor": ("rope-scaling-factor rotary-scaling-factor", 1.0), "original_max_position_embeddings": ("rope-scaling-original-max-position-embeddings original-max-position-embeddings", 4096),
              "beta_fast": ("rope-scaling-beta-fast beta-fast", None), "beta_slow": ("rope-scaling-beta-slow beta-slow", None),
              "mscale": ("rope-scaling-mscale mscale", None), "mscale_all_dim": ("rope-scaling-mscale-all-dim mscale-all-dim", None)},
+    "longrope": {"short_factor": ("short-factor", None), "long_factor": ("long-factor", None), "original_max_position_embeddings": ("rope-scaling-original-max-position-embeddings", 4096)},
     "linear": {"factor": ("rope-scaling-factor rotary-seq-len-interpolation-factor", 1.0)},
 }
 
@@ -115,6 +116,7 @@ def stretch_rule(
     if kind not in _STRETCH: d.tell("rule_stretch", got=kind, known=", ".join(_STRETCH)); return
     scaling, used = {"rope_type": kind}, []
     for key, (names, default) in _STRETCH[kind].items():
+        if "," in (f.text(names) or ""): scaling[key] = [float(x) for x in re.findall(r"\d+\.?\d*", f.text(names))]; used.append(f.any(names)); continue
         n = f.number(names, default)
         if n is not None: scaling[key] = n if "max" in key else float(n)
         used.append(f.any(names))
@@ -161,9 +163,9 @@ def factor_rule(
 ) -> None:
     "Factors and windows."
     h, layers = d.get("model.hidden_size", 0), d.get("model.num_hidden_layers", 0)
-    if "input-embeds-norm" in f: d.set("model.embedding_multiplier", math.sqrt(h), "input-embeds-norm")
-    if f.number("query-pre-attn-scalar"): d.set("model.attention_scale", f.number("query-pre-attn-scalar") ** -.5, "query-pre-attn-scalar")
-    if f.number("scale-depth") and layers: d.set("model.residual_multiplier", f.number("scale-depth") / math.sqrt(layers), "scale-depth")
+    if "input-embeds-norm" in f: d.set("model.embedding_multiplier", math.sqrt(max(h, 0)), "input-embeds-norm")
+    if f.number("query-pre-attn-scalar", 0) > 0: d.set("model.attention_scale", f.number("query-pre-attn-scalar") ** -.5, "query-pre-attn-scalar")
+    if f.number("scale-depth") and layers > 0: d.set("model.residual_multiplier", f.number("scale-depth") / math.sqrt(layers), "scale-depth")
     if f.number("dim-model-base") and h: d.set("model.logits_multiplier", f.number("dim-model-base") / h, "dim-model-base")
     if f.number("interleave-sliding-window"):
         d.set("model.sliding_window", f.number("interleave-sliding-window"), "interleave-sliding-window")
@@ -180,7 +182,7 @@ def rows_rule(
     n = f.number("vocab-size")
     if n and not f.any("padded-vocab-size pad-vocab-size-to"):
         unit = f.number("make-vocab-size-divisible-by", 128) * f.number("tensor-model-parallel-size", 1)
-        d.set("model.vocab_size", -(-n // unit) * unit, "vocab-size", f.any("make-vocab-size-divisible-by"))
+        d.set("model.vocab_size", -(-n // max(1, unit)) * max(1, unit), "vocab-size", f.any("make-vocab-size-divisible-by"))
 
 # %% ../nbs/44b_script_rules.ipynb #4a7b3703
 _PLAIN_FIRST = "llama mistral qwen2 qwen3 internlm gemma gemma2 mixtral qwen2_moe qwen3_moe deepseek_v3 deepseek_v2 grok-1 minicpm chatglm glm4 baichuan bloom gpt2".split()
@@ -193,9 +195,9 @@ def fitting_family(
     "The first family that can hold a shape. Raises UserError that says what stands in the way of the nearest ones."
     why = {}
     def fits(kind, soft):
-        try: config_to_hf(from_dict(ModelConfig, {**shape, **soft, "model_type": kind, "vocab_size": shape.get("vocab_size") or 32000}, "the script")); return soft
+        cfg = from_dict(ModelConfig, {**shape, **soft, "model_type": kind, "vocab_size": shape.get("vocab_size") or 32000}, "the script") # sizes that make no sense are told here
+        try: config_to_hf(cfg); return soft
         except UserError as e:
-            if e.key not in ("not_in_family", "odd_keys", "bad_key"): raise
             field = e.facts.get("field", "")
             why.setdefault(kind, field)
             return fits(kind, {**soft, field: e.facts["want"]}) if field in SOFT and field not in soft else None
@@ -228,11 +230,11 @@ def stage_rule(
 ) -> None:
     "num_layer_list, and the layers that have weights."
     chunks, whole = f.number("num-virtual-stages-per-pipeline-rank"), d.get("model.num_hidden_layers", 0)
-    if chunks: d.set("parallel.num_layers_per_virtual_pipeline_stage", whole // int(d.get("parallel.pipeline_model_parallel_size", 1)) // chunks or None, "num-virtual-stages-per-pipeline-rank")
+    if chunks: d.set("parallel.num_layers_per_virtual_pipeline_stage", whole // max(1, int(d.get("parallel.pipeline_model_parallel_size", 1))) // chunks or None, "num-virtual-stages-per-pipeline-rank")
     if f.text("num-layer-list"): d.set("parallel.num_layer_list", ",".join(f.values["num-layer-list"]).replace(",,", ","), "num-layer-list")
     noop, layers, pp = f.text("noop-layers"), d.get("model.num_hidden_layers"), int(d.get("parallel.pipeline_model_parallel_size", 1))
     if not noop or not isinstance(layers, int): return
-    empty = {int(x) for x in noop.split(",")}
+    empty = {int(x) for x in re.findall(r"\d+", noop)}
     d.set("model.num_hidden_layers", layers - len(empty), "num-layers", "noop-layers")
     if pp > 1 and "num-layers-per-virtual-pipeline-stage" not in f and "parallel.num_layer_list" not in d.values:
         each = layers // pp
@@ -270,7 +272,7 @@ def look_rule(
     "Validation."
     if not f.full and not f.any("eval-interval eval-iters"): return
     every, iters = f.number("eval-interval", 1000), f.number("eval-iters", 100)
-    parts = [float(x) for x in (f.text("split") or "969,30,1").split(",") if x.strip()]
+    parts = [float(x) for x in re.findall(r"\d+\.?\d*|\.\d+", f.text("split") or "969,30,1")] # as Megatron reads it
     if not iters or not f.any("valid-data-path") and not (parts + [0, 0])[1]: every = 0
     d.set("train.eval_interval", every, f.any("eval-interval"), f.any("eval-iters"))
     if not every: return

@@ -7,7 +7,7 @@ __all__ = ['Fate', 'draft_of', 'config_of', 'name_family', 'Imported', 'import_t
            'table_text', 'run', 'train_words']
 
 # %% ../nbs/44c_scripts.ipynb #0ef01b36
-import difflib, re
+import difflib, re, shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -34,6 +34,7 @@ messages(
                "有未知参数：{flags}。请从脚本中去掉，或不加 --strict 以导入其余部分。"),
     sc_no_command=("Found no command in {path} that starts training, inference, evaluation or conversion; expected a line such as `torchrun … pretrain_gpt.py …`. Name a launch script.{source}",
                    "{path} 中没有启动训练、推理、评估或转换的命令；应有形如 `torchrun … pretrain_gpt.py …` 的一行。请给出启动脚本。{source}"),
+    sc_more=("the script starts more than this, which is not imported: {names}", "脚本还启动了其他命令，没有导入：{names}"),
     sc_missing=("{knob} is not in the script", "脚本中没有 {knob}"),
     sc_hole=("--{flag} {got}: fill in a {kind}", "--{flag} {got}：请填入 {kind} 类型的值"),
 )
@@ -156,6 +157,7 @@ def _import(script: Script, path: str, new_weights: bool) -> Imported:
         name_family(d)
         for k in ("data.data_path", "train.train_iters"):
             if k not in d.values and "data.train_data_path" not in d.values: d.tell("sc_missing", knob=k)
+    if others := [one.file for one in launches(script) if one.args != launch.args or one.file != launch.file]: d.tell("sc_more", names=", ".join(others))
     return Imported(path, command, launch, d, config_of(d, command), [_fate(k, v, command) for k, v in dict(pairs).items()], script)
 
 # %% ../nbs/44c_scripts.ipynb #4086b80f
@@ -177,7 +179,10 @@ def start_line(
 ) -> str: # a command
     "The command that does the same here."
     o = i.launch.options
-    if i.command != "train": return f"ascend_nb {i.command} --config {file}"
+    if i.command != "train":
+        n, world = getattr(i.cfg, "tensor_model_parallel_size", 1) * getattr(i.cfg, "pipeline_model_parallel_size", 1), i.launch.world or 1
+        if i.command == "evaluate" and world % n == 0: n = world # more processes share the questions
+        return f"ascend_nb {i.command} --config {file}" if n == 1 else f"torchrun --nproc-per-node {n} -m ascend_nb.cli {i.command} --config {file}"
     known = [f"--{k.replace('_', '-')} {o[k]}" for k in ("nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port") if o.get(k)]
     return " ".join(["torchrun", *known, "-m ascend_nb.cli train --config", file]) if known else f"ascend_nb train --config {file}"
 
@@ -205,12 +210,12 @@ def _head(i: Imported) -> list:
     "The comment above the YAML."
     out, hosts = [phrase("yaml_head", path=i.path)], i.launch.options.get("nnodes", "1")
     out.append(phrase("yaml_start") if hosts == "1" or i.command != "train" else phrase("yaml_hosts", n=hosts))
-    out += [f"    export {k}={v}" for k, v in i.script.variables.items() if _ENV.match(k) and isinstance(v, str)] if i.command == "train" else []
+    out += [f"    export {k}={shlex.quote(v)}" for k, v in i.script.variables.items() if _ENV.match(k) and isinstance(v, str)] if i.command == "train" else []
     out.append("    " + start_line(i))
     if i.command == "train": out += grid_notes(i)
     if i.holes: out.append(phrase("yaml_fill", holes=" ".join(i.holes)))
     for note in dict.fromkeys(t.note for t in i.heavy): out.append(phrase("yaml_other", flags=" ".join(f"--{t.flag}" for t in i.heavy if t.note == note), why=note))
-    return [f"# {line}" for line in out]
+    return [f"# {line}" for line in [*out, *i.draft.notes]]
 
 # %% ../nbs/44c_scripts.ipynb #4162960e
 def _line(knob: str, value, source: str, indent: str) -> str:

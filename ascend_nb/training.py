@@ -84,7 +84,7 @@ messages(no_split=("Found no {name} samples with split={split}; expected some. G
                    "split={split} 下没有 {name} 样本。请增大 split（训练,验证,测试）中对应的部分，或设 eval_interval=0。"))
 
 # %% ../nbs/43_training.ipynb #262ea8bc
-FREE = {f"train.{k}" for k in "save resume device log_interval eval_interval eval_iters save_interval keep_last micro_batch_size global_batch_size".split()}
+FREE = {f"train.{k}" for k in "save resume device log_interval eval_interval eval_iters save_interval keep_last async_save micro_batch_size global_batch_size".split()}
 FREE |= {"data.data_cache_path", "data.no_shared_storage", "data.tokenizer_name_or_path"} # may change between the parts of one run
 
 def _flat(cfg: RunConfig) -> dict:

@@ -6,6 +6,8 @@ import sys
 import numpy as np
 import torch
 
+from ascend_nb.callbacks import Checkpointer
+from ascend_nb.checkpoint import RunDir
 from ascend_nb.config import ModelConfig, ParallelConfig, TrainConfig
 from ascend_nb.core import UserError
 from ascend_nb.datasets import Batch, Loader, Sample, collate_gpt
@@ -93,11 +95,30 @@ def curve(case, world):
     return dict(loss=float(far[:, 0].max()), norm=float((far[:, 1] / rows[0][:, 1]).max()), tokens=float(far[:, 2:].max()))
 
 
+def resume(case, world):
+    "A run that is saved half-way in one grid and goes on in another, against the one that stayed."
+    cfg, there, here, rng = ModelConfig(**SHAPES[case["shape"]]), ParallelConfig(**case["parallel"]), ParallelConfig(**case["to"]), np.random.RandomState(0)
+    data = [Sample(x[:-1], x[1:]) for x in (rng.randint(0, V, 17) for _ in range(200))]
+    t = TrainConfig(train_iters=8, lr=2e-3, micro_batch_size=2, global_batch_size=8, device="cpu", save_interval=4, keep_last=9, async_save=case["async"])
+    def trainer(p, callbacks=()):
+        mesh = Mesh(Sizes()) if p is None else mesh_of(p, cfg, world, 4 // p.data_parallel_size(world))
+        loader = Loader(data, 2, collate_gpt, rank=mesh.data, world=mesh.sizes.data)
+        return ParallelTrainer(make(cfg, mesh, p or ParallelConfig()), t, loader, causal_lm_loss, callbacks)
+    run = RunDir(case["folder"])
+    stayed = trainer(there, [Checkpointer(run)]).fit()
+    gone = trainer(None if case["alone"] else here)
+    gone.restore(run, 4)
+    gone.fit()
+    a, b = ([(r["loss"], r["grad_norm"], r["consumed_samples"]) for r in tr.rows][-4:] for tr in (stayed, gone))
+    return dict(steps=len(gone.rows), loss=max(abs(x[0] - y[0]) for x, y in zip(a, b, strict=True)), norm=max(abs(x[1] / y[1] - 1) for x, y in zip(a, b, strict=True)),
+                samples=[x[2] for x in a] == [y[2] for y in b], moved=abs(stayed.rows[0]["loss"] - stayed.rows[-1]["loss"]))
+
+
 if __name__ == "__main__":
     r, torch_threads = join(), torch.set_num_threads(1)
     for case in json.loads(sys.argv[1]):
         torch.manual_seed(0)
-        try: out = {"parity": parity, "curve": curve}[case.get("kind", "parity")](case, r.world_size)
+        try: out = {"parity": parity, "curve": curve, "resume": resume}[case.get("kind", "parity")](case, r.world_size)
         except UserError as e: out = dict(error=e.text("en"))
         print(json.dumps(dict(case=case, **out)), flush=True)
     leave()

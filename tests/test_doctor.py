@@ -224,3 +224,12 @@ def test_the_npu_is_tried_only_when_all_else_is_well(tmp_path):
 def test_smi_of_other_generations():
     assert [(c.name, c.used_mb, c.total_mb) for c in parse_smi(SMI_310P)] == [("310P3", 1310, 43693)]
     assert parse_smi("") == parse_smi("dcmi model initialized failed, because the device is used. ret is -8020") == []
+
+
+def test_a_driver_that_tells_process_numbers_of_containers_too():
+    text = """| 0     910B3               | OK            | 98.1        45                0    / 0             |
+| 0                         | 0000:C1:00.0  | 12          0    / 0          31877/ 65536         |
+| NPU     Chip              | Process id    | Process name       | Process memory(MB)    | Process id in container |
+| 0       0                 | 632268        | python3.1          | 197                   | NA                      |
+"""
+    assert parse_smi(text)[0].processes == [[632268, "python3.1", 197]]

@@ -10,7 +10,7 @@ from conftest import ROOT
 from parallel_worker import SHAPES, V, make
 
 from ascend_nb.config import ModelConfig, ParallelConfig, TrainConfig
-from ascend_nb.core import UserError
+from ascend_nb.core import UserError, pick_device
 from ascend_nb.datasets import Loader, Sample, collate_gpt
 from ascend_nb.losses import causal_lm_loss
 from ascend_nb.mesh import Mesh, Sizes, check, free_port, launch
@@ -80,6 +80,34 @@ def test_matrix(name):
     same(run(cases, n))
 
 
+def moved(folder, number, shape, there, here, later=False):
+    "A case of `resume`: saved in one grid, gone on in another; `here` None: in one process."
+    names = lambda kw: {NAMES[k]: v for k, v in (kw or {}).items()}
+    return dict(shape=shape, kind="resume", folder=str(folder / f"run{number}"), parallel=names(there), to=names(here), alone=here is None, **{"async": later})
+
+
+def goes_on(rows):
+    for of_rank in rows:
+        for r in of_rank:
+            assert "error" not in r, r
+            assert r["steps"] == 4 and r["samples"] and r["moved"] > .01 and r["loss"] < 1e-5 and r["norm"] < 1e-4, r
+
+
+TP, PP, ZERO, EP = dict(tp=2), dict(pp=2), dict(zero=3), dict(ep=2)
+
+
+def test_a_run_goes_on_in_another_grid(tmp_path):
+    goes_on(run([moved(tmp_path, i, *c) for i, c in enumerate([("dense", TP, PP), ("dense", ZERO, dict(tp=2, sp=True), True), ("moe", EP, TP, True), ("mla", PP, None)])], 2))
+
+
+@pytest.mark.slow
+def test_larger_grids_go_on_in_others(tmp_path):
+    both = dict(tp=2, pp=2)
+    cases = [("dense", both, None), ("dense", both, ZERO, True), ("dense", dict(pp=4), dict(tp=2, zero=2)), ("moe", dict(ep=4, zero=3), dict(tp=2, ep=2)), ("moe", dict(tp=2, ep=2), None, True),
+             ("moe", dict(ep=2, pp=2), dict(ep=4)), ("mla", dict(tp=2, cp=2), dict(pp=2, ep=2)), ("mla", dict(tp=4), ZERO, True), ("llama", dict(pp=2, vp=1, tp=2), dict(cp=2, fsdp=2, zero=3))]
+    goes_on(run([moved(tmp_path, i, *c) for i, c in enumerate(cases)], 4))
+
+
 def test_what_does_not_fit_is_one_sentence():
     m = ModelConfig(vocab_size=97, hidden_size=48, num_attention_heads=6, num_key_value_heads=3, num_hidden_layers=5, num_experts=3, num_experts_per_tok=1, moe_intermediate_size=10)
     for kw, world, words in ((dict(tp=2), 2, ("num_key_value_heads = 3", "vocab_size = 97")), (dict(pp=2), 2, ("num_hidden_layers = 5",)), (dict(ep=2), 2, ("num_experts = 3",)),
@@ -141,3 +169,12 @@ def test_two_launchers_are_two_hosts(shapes, samples):
     ends = [(h.communicate(timeout=300), h.returncode) for h in hosts]
     assert [code for _, code in ends] == [0, 0], ends
     assert json.loads(ends[0][0][0])["steps"] == 2 and ends[1][0][0] == ""  # the first host tells, the other is quiet
+
+
+def test_every_process_of_a_host_has_a_card_of_its_own(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert str(pick_device("cuda").value) == "cuda"
+    for k, v in dict(RANK="5", LOCAL_RANK="1", WORLD_SIZE="8").items(): monkeypatch.setenv(k, v)
+    assert [str(pick_device(d).value) for d in ("cuda", "cuda:0", "cpu")] == ["cuda:1", "cuda:0", "cpu"]
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UserError, match="Found no cuda device"): pick_device("cuda")

@@ -14,10 +14,10 @@ from conftest import ROOT
 
 from ascend_nb import config
 from ascend_nb.core import UserError
-from ascend_nb.flag_table import CONFIGS, KINDS, find_row, flag_file, flag_table, words_to_flags
+from ascend_nb.flag_table import CONFIGS, KINDS, Flags, find_row, flag_file, flag_table, words_to_flags
 from ascend_nb.launch_scripts import launches, read_script, whole_sum
 from ascend_nb.schema import from_dict, knobs, to_dict
-from ascend_nb.scripts import import_text, train_words, yaml_text
+from ascend_nb.scripts import config_of, draft_of, import_text, train_words, yaml_text
 
 SAMPLE = ROOT / "data_samples" / "pretrain_tales_ptd.sh"
 
@@ -100,11 +100,21 @@ def test_flags_are_those_of_argparse():
     assert {k.replace("-", "_"): (v or [True]) for k, v in ours.items()} == {k: v if isinstance(v, list) else [v] for k, v in theirs.items()}
 
 
+@pytest.mark.parametrize("end", ["'", '"', "$(", "${", "((", "<<X\n", "(", "$((", "\\", "|", "A=( ("])
+def test_broken_scripts_are_told_and_never_hang(end):
+    "The sample, cut anywhere and ended with an odd character: read, or one sentence."
+    text = SAMPLE.read_text(encoding="utf-8")
+    for cut in range(0, len(text), 61):
+        try: import_text(text[:cut] + end)
+        except UserError: pass
+
+
 # ---- the table
 
 def test_every_row_is_sound():
     data, names = flag_file(), {".".join((*k.path, k.name)) for k in knobs(config.RunConfig)}
     listed = [*data["same"].split(), *data["becomes"], *(f for kind in KINDS[2:] for g in data[kind] for f in g["flags"].split())]
+    listed += [a[2:].partition("=")[0] for k in knobs(config.RunConfig) for a in k.flags if a[2:].partition("=")[0] != "use-distributed-optimizer"] # aliases need no line
     twice = {f for f in listed if listed.count(f) > 1}
     assert not twice, f"in two places: {twice}"
     for row in flag_table().values():
@@ -146,6 +156,14 @@ def test_shapes_have_the_published_size(name):
     flags, family, size = MODELS[name]
     one = import_text(f"torchrun --nproc_per_node 8 pretrain_gpt.py {flags} --train-iters 1 --data-path x\n")
     assert (one.cfg.model.model_type, one.cfg.model.num_params(), [t.flag for t in one.unknown]) == (family, size, [])
+
+
+@pytest.mark.parametrize("pattern,layers", [("([0]*3+[1]*24)", [0] * 3 + [1] * 24), ("[1]*27", [1] * 27), ("[0,1]*13+[1]", [0, 1] * 13 + [1])])
+def test_megatron_s_pattern_of_layers(pattern, layers):
+    "--moe-layer-freq as an expression of Python's, which Megatron evaluates; here it is read."
+    d = draft_of(Flags(words_to_flags(f"--num-layers 27 --hidden-size 64 --num-attention-heads 4 --num-experts 4 --moe-router-topk 2 --moe-layer-freq {pattern}".split())[0]))
+    m = config_of(d).model
+    assert [m.is_moe(i) for i in range(27)] == [bool(x) for x in layers]
 
 
 def test_yarn_is_what_transformers_reads():
