@@ -10,7 +10,7 @@ __all__ = ['SOURCES', 'TARGETS', 'MORE', 'FAMILY_WORDS', 'CLAIMS', 'SKIP', 'want
 import importlib, json as jsonlib, os
 from dataclasses import replace
 from pathlib import Path
-from .config import ModelLinkConvertConfig
+from .config import ModelLinkConvertConfig, layer_numbers
 from .converters import OutFile, Target, hf_target, megatron_target, padded, run as execute
 from .core import UserError, human_bytes, messages, one_of, say
 from .families import check_vocab, config_from_hf, read_json
@@ -133,7 +133,7 @@ def _hf(source, cfg):
 
 def _megatron_to(style):
     def target(source, cfg):
-        sizes = [int(x) for x in cfg.num_layer_list.split(",") if x.strip()]
+        sizes = layer_numbers(cfg.num_layer_list)
         layout = Layout(source.cfg.num_hidden_layers, cfg.target_tensor_parallel_size, cfg.target_pipeline_parallel_size, cfg.target_expert_parallel_size,
                         cfg.num_layers_per_virtual_pipeline_stage or 0, tuple(sizes), noop_list(cfg.noop_layers))
         tokens = min(cfg.true_vocab_size or source.cfg.vocab_size, source.cfg.vocab_size)

@@ -6,7 +6,7 @@
 __all__ = ['quit_together', 'watch']
 
 # %% ../nbs/24a_endings.ipynb #3bef17a3
-import json, os, sys, threading, time
+import ctypes, json, os, signal, sys, threading, time, traceback
 from datetime import timedelta
 import torch.distributed as dist
 from .core import Rank, UserError, rank_info, say
@@ -22,10 +22,10 @@ def _until(done, seconds: float) -> bool: # was it done in time?
     return ok
 
 def _speak(said: dict, r: Rank) -> None: # rank -> (sentence, exit code)
-    "Every sentence once; whose it is, unless rank 0 has the same."
+    "Every sentence once; whose it is, unless rank 0 has the same and has said it."
     told = {said[0][0]} if 0 in said else set()
     for i, (text, _) in sorted(said.items()):
-        if text and (i == 0 or text not in told): say(f"ascend_nb: {f'[rank {i}] ' if i else ''}{text}")
+        if text and text not in told: say(f"ascend_nb: [rank {i}] {text}")
         told.add(text)
 
 def _farewell(store, r: Rank, text: str, code: int | None, patience: float) -> int: # exit code
@@ -39,7 +39,7 @@ def _farewell(store, r: Rank, text: str, code: int | None, patience: float) -> i
     if r.rank == min(said):
         _speak(said, r)
         store.set("told", "1")
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True": _until(lambda: store.add("left", 0) >= len(said) - 1, 5)
+        _until(lambda: store.add("left", 0) >= len(said) - 1, 5) # it may serve the store: the others leave before it
     else:
         _until(lambda: store.check(["told"]), 10)
         store.add("left", 1)
@@ -49,14 +49,18 @@ def _farewell(store, r: Rank, text: str, code: int | None, patience: float) -> i
 def quit_together(
     text: str = "", # what to say; nothing: others say it
     code: int | None = None, # exit code; none: that of the process which ended first
-    patience: float = 20. # seconds for the others to notice: one may still be importing
+    patience: float = 30., # seconds for the others to notice: one may still be importing
+    error: BaseException | None = None # a program error, told with its traceback; not where the world is ending already, which itself makes errors
 ) -> None:
     "End this process and with it the world. Never returns."
     if not _ONCE.acquire(blocking=False): threading.Event().wait()
+    if os.name == "posix": ctypes.CDLL(None).signal(signal.SIGTERM, 1) # SIG_IGN, from any thread: a launcher that sees the first process go must not kill this one before it has left
     r = rank_info()
+    if error is not None: traceback.print_exception(error)
+    if text and r.is_main: say(f"ascend_nb: {text}")
     try: code = _farewell(reach(r, timedelta(seconds=patience)), r, text, code, patience)
     except (UserError, RuntimeError): # nobody is reached
-        if text: say(f"ascend_nb: {f'[rank {r.rank}] ' if r.rank else ''}{text}")
+        if text and not r.is_main: say(f"ascend_nb: [rank {r.rank}] {text}")
     sys.stdout.flush(); sys.stderr.flush()
     os._exit(2 if code is None else code) # destroying groups that others still wait in would hang
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from fastcore.basics import patch
 from torch.distributed.device_mesh import DeviceMesh
-from .config import ModelConfig, ParallelConfig
+from .config import ModelConfig, ParallelConfig, layer_numbers
 from .core import Rank, UserError, messages, rank_info
 
 # %% ../nbs/24_mesh.ipynb #a9839b90
@@ -87,7 +87,7 @@ def misfits(
     s = sizes(p, world, model.num_hidden_layers if model else 0)
     bad = [f"{what} = {n} is not divisible by {by} = {d}" for what, n, by, d in _rules(s, p, model, seq_length, micro_batches) if n % d]
     if p.num_layer_list and model:
-        each = [int(x) for x in p.num_layer_list.split(",")]
+        each = layer_numbers(p.num_layer_list)
         if len(each) != s.pp * s.vpp or sum(each) != model.num_hidden_layers:
             bad.append(f"num_layer_list has {len(each)} stages of {sum(each)} layers; pp x vpp = {s.pp * s.vpp}, num_hidden_layers = {model.num_hidden_layers}")
     if micro_batches and s.pp > 1 and micro_batches < s.pp: bad.append(f"a step has {micro_batches} micro-batches, fewer than pp = {s.pp} stages: raise global_batch_size")

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import pipelining as tp
 from torch.nn import functional as F
-from .config import ModelConfig, ParallelConfig
+from .config import ModelConfig, ParallelConfig, layer_numbers
 from .core import UserError, messages
 from .datasets import Batch
 from .mesh import Mesh
@@ -44,7 +44,7 @@ def stage_layers(
     stages: int # pp · vpp
 ) -> list: # of range, by stage
     "Which layers each stage has."
-    each = [int(x) for x in p.num_layer_list.split(",")] if p.num_layer_list else [layers // stages] * stages
+    each = layer_numbers(p.num_layer_list) if p.num_layer_list else [layers // stages] * stages
     ends = [sum(each[:i + 1]) for i in range(stages)]
     return [range(e - n, e) for e, n in zip(ends, each)]
 

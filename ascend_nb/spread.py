@@ -6,7 +6,7 @@
 __all__ = ['settings', 'fit_grid', 'pad_unit', 'idle', 'build_engine', 'crew', 'whole_model', 'end']
 
 # %% ../nbs/42a_spread.ipynb #d343f927
-import errno, math, traceback
+import errno, math
 from dataclasses import replace
 from pathlib import Path
 import torch
@@ -116,5 +116,4 @@ def end(
     if isinstance(error, OSError) and error.errno == errno.ENOSPC: error = UserError("disk_full", path=error.filename or "a file")
     if isinstance(error, UserError): quit_together("" if error.key == "others_ended" else str(error), 2, patience=3. if error.key == "missing_ranks" else 20.)
     if isinstance(error, KeyboardInterrupt): quit_together("stopped", 130)
-    traceback.print_exception(error)
-    quit_together(code=1)
+    quit_together(code=1, error=error)
