@@ -142,7 +142,7 @@ def test_label_smoothing_equals_trl(kind):
     k = Preference(kind, .7, label_smoothing=.2, gamma=.4)
     got = LOSSES[kind].per_pair(s, k)
     assert torch.allclose(got, want, atol=1e-6)
-    for a, b in zip(*(torch.autograd.grad(x.sum(), (c, r)) for x in (got, want))): assert torch.allclose(a, b, atol=1e-5)
+    for a, b in zip(*(torch.autograd.grad(x.sum(), (c, r)) for x in (got, want)), strict=True): assert torch.allclose(a, b, atol=1e-5)
     assert torch.allclose(torch.stack(LOSSES[kind].reward(s, .7)), torch.stack(rewards), atol=1e-6)
 
 
@@ -150,7 +150,7 @@ def unshifted(rows):
     "The batch that trl's CPO and ORPO trainers take."
     out = {}
     for side, answers in (("chosen", [a for _, a, _ in rows]), ("rejected", [b for _, _, b in rows])):
-        both = [(q + a, [-100] * len(q) + a) for (q, _, _), a in zip(rows, answers)]
+        both = [(q + a, [-100] * len(q) + a) for (q, _, _), a in zip(rows, answers, strict=True)]
         width = max(len(x) for x, _ in both)
         out[f"{side}_input_ids"] = torch.tensor([x + [0] * (width - len(x)) for x, _ in both])
         out[f"{side}_labels"] = torch.tensor([y + [-100] * (width - len(y)) for _, y in both])
@@ -237,7 +237,7 @@ def test_all_logits_are_never_held(cap):
     z = hidden @ weight.t()
     want = (z if cap is None else torch.tanh(z / cap) * cap).log_softmax(-1).gather(1, labels[:, None])[:, 0]
     assert torch.allclose(got, want, atol=1e-5)
-    for a, b in zip(*(torch.autograd.grad((x * factor).sum(), (hidden, weight)) for x in (got, want))): assert torch.allclose(a, b, atol=1e-4)
+    for a, b in zip(*(torch.autograd.grad((x * factor).sum(), (hidden, weight)) for x in (got, want)), strict=True): assert torch.allclose(a, b, atol=1e-4)
 
 
 def test_orpo_of_a_certain_answer_is_finite():
