@@ -319,6 +319,7 @@ def use_adapter(
     _switch(model, b.using)
     for n, p in model.named_parameters(): p.requires_grad_(bool(name) and (f"_lora_{name}." in n or n.endswith(f"_whole_{name}")))
 
+# %% ../nbs/34b_adapters.ipynb #21b317d9
 @contextmanager
 def disabled(
     model: Decoder # with adapters
