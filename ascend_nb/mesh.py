@@ -287,6 +287,7 @@ def join(
     store = reach(r, wait)
     roll_call(store, r, wait)
     agree(store, r, settings or {}, wait)
+    if device_type != "cpu": torch.get_device_module(device_type).set_device(r.local_rank) # HCCL and NCCL talk through the card that is current
     dist.init_process_group(BACKENDS[device_type], store=dist.PrefixStore("group", store), rank=r.rank, world_size=r.world_size, timeout=wait)
     return r
 

@@ -19,6 +19,7 @@ from .engine import Engine, build_stages, refuse
 from .hf_format import load_model
 from .mesh import Mesh, check, join, leave
 from .model import Decoder
+from .pipeline import schedule_name
 from .schema import to_dict
 
 # %% ../nbs/42a_spread.ipynb #7d33cbf3
@@ -38,6 +39,7 @@ def fit_grid(
     refuse(m, p)
     micro = t.accumulation(p.data_parallel_size(world))
     s = check(p, world, model=m, seq_length=cfg.data.seq_length, micro_batches=micro if p.pipeline_model_parallel_size > 1 else None)
+    if s.pp > 1: schedule_name(p, s.vpp) # one that cannot run is told before data are read
     degree = {"ulysses_cp_algo": 0, "megatron_cp_algo": 1, "hybrid_cp_algo": p.ulysses_degree_in_cp}[p.context_parallel_algo]
     return Mesh(s, device, degree)
 

@@ -53,10 +53,11 @@ class Feed:
 
 
 def train(shape, packed, device, steps=5):
-    "Parameters, their last gradients and losses after whole steps of the project's own trainer."
+    """Parameters, their last gradients and losses after whole steps of the project's own trainer. Adam's eps stands above the rounding of a gradient: below it
+    an element whose gradient is nothing but rounding is moved by all of lr, whichever sign the rounding has."""
     forget()
     model, grads = Decoder(config(shape)).init_weights(3), {}
-    t = Trainer(model, TrainConfig(device=device, dtype="fp32", train_iters=steps, lr=2e-3, lr_decay_style="constant", micro_batch_size=2), Feed(packed), causal_lm_loss)
+    t = Trainer(model, TrainConfig(device=device, dtype="fp32", train_iters=steps, lr=2e-3, lr_decay_style="constant", micro_batch_size=2, adam_eps=1e-6), Feed(packed), causal_lm_loss)
     t.callbacks = [type("Look", (), dict(before_update=lambda self, t: grads.update({n: p.grad.detach().cpu().clone() for n, p in model.named_parameters() if p.grad is not None})))()]
     t.fit()
     return {n: p.detach().cpu() for n, p in model.named_parameters()}, grads, [r["loss"] for r in t.rows]
