@@ -193,16 +193,18 @@ def _targets(conf, modules): # the modules that `target_modules` means, as far a
 
 def read_peft(
     folder, # with adapter_config.json
-    cfg: ModelConfig # the model it belongs to
+    cfg: ModelConfig, # the model it belongs to
+    dora: bool = False # take DoRA too; its lengths of rows are left to the caller
 ) -> Adapter:
     "Read PEFT's files. Raises UserError where the adapter is of another kind or model, or not whole."
     folder = Path(folder)
     conf, stored = read_json(folder / "adapter_config.json", "PEFT's adapter_config.json"), _tensors(folder)
-    _check_kind(conf, folder)
+    dora = dora and bool(conf.get("use_dora"))
+    _check_kind(conf | {"use_dora": conf.get("use_dora") and not dora}, folder)
     model, shapes = f"the {cfg.model_type} model", canonical_shapes(cfg)
     placed = {p.stored.name.removesuffix(".weight"): p for p in hf_placed(cfg)}
     found, other = _pairs(stored, _KEY, folder)
-    saved = {_WHOLE.sub(".", t.name.removeprefix("base_model.model.")).removesuffix(".weight"): t for t in other}
+    saved = {_WHOLE.sub(".", t.name.removeprefix("base_model.model.")).removesuffix(".weight"): t for t in other if not (dora and ".lora_magnitude_vector" in t.name)}
     if odd := [k for k in (*found, *saved) if k not in placed]: raise UserError("lora_names", names=names(odd), path=folder, model=model)
     if lost := _targets(conf, placed) - set(found): raise UserError("lora_lost", names=names(lost), path=folder)
     changes, whole = {}, {}
