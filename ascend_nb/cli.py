@@ -126,6 +126,7 @@ def main(
         elif argv[0] in ("-V", "--version"): from ascend_nb import __version__; print(__version__)
         else: code = run_command(" ".join(argv[:n]), argv[n:])
         sys.stdout.flush()
+        if rank_info().world_size > 1: sys.stderr.flush(); os._exit(code) # gloo's threads sometimes abort an interpreter that is done
         return code
     except UserError as e: return _mistake(e)
     except KeyboardInterrupt: say("ascend_nb: stopped"); return 130

@@ -303,6 +303,8 @@ def free_port() -> int: # that nobody listens on now
     "For a world on this machine."
     with socket.socket() as s: s.bind(("127.0.0.1", 0)); return s.getsockname()[1]
 
+_END = "\nimport os, sys; sys.stdout.flush(); sys.stderr.flush(); os._exit(0)" # gloo's threads sometimes abort an interpreter that is done
+
 def launch(
     program, # Python code, or a list of arguments for Python, e.g. ["-m", "ascend_nb.cli", "train", …]
     n: int, # processes
@@ -313,7 +315,7 @@ def launch(
 ) -> list: # of (exit code, stdout, stderr), by rank
     "Run one program in n processes of this machine, as torchrun would. All are ended when one fails or the time is over."
     port, jobs = port or free_port(), []
-    what = ["-c", program] if isinstance(program, str) else [str(a) for a in program]
+    what = ["-c", program + _END] if isinstance(program, str) else [str(a) for a in program]
     for r in range(n) if ranks is None else ranks:
         env = {**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **each(r)}
         files = [tempfile.TemporaryFile("w+") for _ in range(2)]

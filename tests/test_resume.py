@@ -245,9 +245,12 @@ def test_two_runs_on_one_prefix(web, chats, shared_data, tok, calm, tmp_path):
     cfg = kinds(web, chats, shared_data, tok, tmp_path / "out")["text"]
     first = start(cfg)
     until = time.time() + 60
-    while not (tmp_path / ".out.work/lock").exists() and time.time() < until: time.sleep(.01)
-    time.sleep(.05)
-    with pytest.raises(UserError, match=f"process {first.pid} on"): run(PreprocessConfig(**cfg), json=True)
+    lock = tmp_path / ".out.work/lock"
+    while not (lock.exists() and lock.read_text().strip()) and time.time() < until: time.sleep(.002)
+    first.send_signal(signal.SIGSTOP)  # it holds the lock for as long as we look
+    try:
+        with pytest.raises(UserError, match=f"process {first.pid} on"): run(PreprocessConfig(**cfg), json=True)
+    finally: first.send_signal(signal.SIGCONT)
     same(calm, "text", tmp_path, finish(first))
 
 
