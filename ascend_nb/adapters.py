@@ -361,6 +361,7 @@ def _scores(model, ids): # logits, without dropout
 
 def _moved(old, new): return Change(d := float((new - old).abs().max()), d / float(old.abs().max()), float((old.argmax(-1) == new.argmax(-1)).double().mean()))
 
+# %% ../nbs/34b_adapters.ipynb #580ac866
 def merge_adapter(
     model: Decoder, # with an adapter at work
     ids: Tensor | None = None, # (B, S) tokens to measure on; none: 64 of all sorts
@@ -398,10 +399,9 @@ def adapter_groups(
     weight_decay: float = 0.0 # of matrices; vectors have none
 ) -> list: # of dicts with params, lr and weight_decay
     "LoRA+ for an optimizer. Raises UserError where no adapter is at work."
-    mine = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     if not book(model).using: raise UserError("no_adapter", have=names(book(model).specs))
-    fast = [(n, p) for n, p in mine if n.endswith(".B") or p.dim() < 2]
-    groups = [dict(params=[p for n, p in mine if not (n.endswith(".B") or p.dim() < 2)], lr=lr, weight_decay=weight_decay),
-              dict(params=[p for _, p in fast if p.dim() > 1], lr=lr * ratio, weight_decay=weight_decay),
-              dict(params=[p for _, p in fast if p.dim() < 2], lr=lr * ratio, weight_decay=0.0)]
+    kind = lambda n, p: "flat" if p.dim() < 2 else "B" if n.endswith(".B") else "A"
+    of = {k: [p for n, p in model.named_parameters() if p.requires_grad and kind(n, p) == k] for k in ("A", "B", "flat")}
+    groups = [dict(params=of["A"], lr=lr, weight_decay=weight_decay), dict(params=of["B"], lr=lr * ratio, weight_decay=weight_decay),
+              dict(params=of["flat"], lr=lr * ratio, weight_decay=0.0)]
     return [g for g in groups if g["params"]]

@@ -93,6 +93,7 @@ def _in_all(t, yes): # is it so in every process? They must go on, or stop, at t
     mesh = getattr(t, "mesh", None)
     return yes if mesh is None else int(mesh.total([yes])[0]) == mesh.sizes.world
 
+# %% ../nbs/42_callbacks.ipynb #f259e041
 class Checkpointer(Callback):
     "A saved step each save_interval and at the end or a stop; the newest `keep_last` stay."
     order = 80

@@ -157,6 +157,7 @@ def _all(make, group=None) -> list: # what it gave in every process
         if error: raise UserError(error[0], **error[1])
     return [out for out, _ in every]
 
+# %% ../nbs/30_checkpoint.ipynb #f3764966
 @contextmanager
 def _one_dir(folder, replace, group):
     "`atomic_dir` for all processes of a run: the first one makes and names it."
@@ -228,8 +229,6 @@ class RunDir:
     def config_path(self) -> Path: return self.path / "config.yaml"
     @property
     def metrics_path(self) -> Path: return self.path / "metrics.jsonl"
-    @property
-    def hf_path(self) -> Path: return self.path / "hf"
     @property
     def hf_path(self) -> Path: return self.path / "hf" # the finished model
 

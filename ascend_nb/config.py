@@ -96,6 +96,7 @@ class MemoryConfig:
     cpu_offload: bool = knob(False, advanced=True) # weights, gradients and optimizer live in the host's memory (FSDP: zero_stage 1 to 3 and several data or context parallel processes)
     optimizer_offload: bool = knob(False, flags=("--swap-optimizer=true", "--optimizer-cpu-offload=true"), advanced=True) # moments and fp32 copies live in the host's memory and are updated there; any number of processes
 
+# %% ../nbs/03_config.ipynb #77ba097a
 @dataclass
 class ParallelConfig(MemoryConfig):
     "How a run is spread over processes, in Megatron's sizes. The product of all must be the number of processes."

@@ -84,6 +84,7 @@ def _rows(source, blocks, r, end, view, dtype): # rows r to end of a stored matr
         if b.turned: _part(source, b.part, b.rows, (b.cols[0] + skip, b.cols[0] + skip + n), out.T, dtype)
         else: _part(source, b.part, (b.rows[0] + skip, b.rows[0] + skip + n), b.cols, out, dtype)
 
+# %% ../nbs/33_converters.ipynb #700dca5a
 def fill(
     source, # `read` and `dtype`
     p: Placed, # what the tensor is made of
@@ -186,6 +187,7 @@ def _one(source, out, tmp, pool, tick): # fill one file; its checksums
     with open(tmp / ".done", "a", encoding="utf-8") as f: f.write(json.dumps(dict(name=out.name, crcs=crcs)) + "\n")
     return crcs
 
+# %% ../nbs/33_converters.ipynb #b4a854a0
 def run(
     source, # FileSource, or anything with its methods
     target: Target, # what to make of it

@@ -362,6 +362,7 @@ def best_device(f: Facts) -> str: # "npu (8)", "cuda" or "cpu", from the facts
     "What `device=auto` will choose."
     return f"npu ({len(f.probe['npus'])})" if f.probe.get("sum") == 4 else "cuda" if f.probe.get("cuda") else "cpu"
 
+# %% ../nbs/01_doctor.ipynb #03ec55db
 def report(
     found: list, # of Check
     device: str # what the machine runs on where all is well

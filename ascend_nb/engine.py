@@ -96,15 +96,18 @@ class Engine:
         save_memory(model, m, self.mesh.device_type != "cpu")
         shard_model(model, self.mesh, self.p, dtype)
 
-    def ready(self,
-        batches: list, # of Batch on the host, of a data parallel process
-        device # where to
-    ) -> list: # of Batch: this process's tokens
-        "Pad to one width for a pipeline, deal tokens, move."
-        s = self.mesh.sizes
-        if s.world == 1: return [b.to(device) for b in batches]
-        if s.pp > 1: batches = same_width(batches)
-        return [cut_batch(b, self.mesh).to(device) for b in batches]
+# %% ../nbs/29_engine.ipynb #206b1263
+def _ready(self: Engine,
+    batches: list, # of Batch on the host, of a data parallel process
+    device # where to
+) -> list: # of Batch: this process's tokens
+    "Pad to one width for a pipeline, deal tokens, move."
+    s = self.mesh.sizes
+    if s.world == 1: return [b.to(device) for b in batches]
+    if s.pp > 1: batches = same_width(batches)
+    return [cut_batch(b, self.mesh).to(device) for b in batches]
+
+Engine.ready = _ready
 
 # %% ../nbs/29_engine.ipynb #e41630d0
 def _step(self: Engine,

@@ -175,6 +175,7 @@ def _window_to_hf(cfg, fam):
     full = next((i for i, k in enumerate(kinds) if k == "sliding_attention"), len(kinds))
     return dict(use_sliding_window=full < len(kinds), layer_types=kinds, max_window_layers=full)
 
+# %% ../nbs/21_families.ipynb #1a927f8c
 def config_to_hf(
     cfg: ModelConfig, # the model
     base: dict | None = None, # a config.json to start from: its other keys are kept

@@ -294,6 +294,7 @@ messages(
 _SENTENCE = {"OfflineModeIsEnabled": "hub_offline", "GatedRepoError": "hub_closed", "RepositoryNotFoundError": "hub_closed",
              "NotExistError": "hub_closed", "PermissionDeniedError": "hub_closed", "AuthenticationError": "hub_closed"}
 
+# %% ../nbs/05_fetch.ipynb #762f7ece
 @contextmanager
 def _explain(**facts):
     "Any failure of a client becomes one sentence; a full disk stays what it is."

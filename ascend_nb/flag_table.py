@@ -36,6 +36,7 @@ def flag_file() -> dict: # the file as it is
     import yaml
     return yaml.safe_load(files("ascend_nb").joinpath("modellink_flags.yaml").read_text(encoding="utf-8"))
 
+# %% ../nbs/44a_flag_table.ipynb #7659fe9c
 def _targets(text: str) -> tuple: # "model.a=true b" -> (("model.a", "true"), ("b", None))
     return tuple((k, v if eq else None) for k, eq, v in (t.partition("=") for t in str(text).split()))
 
@@ -81,6 +82,7 @@ def program_command(
         if file in group["files"].split(): raise UserError("flag_program", file=file, why=group["say"][lang() == "zh"])
     raise UserError("flag_program_unknown", file=file, known=", ".join(" ".join(data["files"].values()).split()))
 
+# %% ../nbs/44a_flag_table.ipynb #cc85da4c
 @cache
 def _own(command: str) -> dict: # flags that a command has itself -> knob
     own = knobs(getattr(config, CONFIGS[command]))

@@ -77,6 +77,7 @@ class Memory:
         self.kv.truncate(same); self.ids = list(ids)
         return self.ids[same:]
 
+# %% ../nbs/50_generate.ipynb #0e592f7d
 @torch.inference_mode()
 def next_ids(
     model: Decoder, # in eval mode
@@ -248,14 +249,17 @@ class Stream:
 
     def _show(self, piece): self.text += piece; return piece
 
-    def __str__(self):
-        tail = f"; all {self.model_length} positions of the model are in use" if self.stopped_by == "context" else ""
-        return f"{len(self.ids)} tokens, {self.tokens_per_s:.1f} tokens/s, ended by {self.stopped_by}{tail}"
-
     @property
     def tokens_per_s(self) -> float: # of the steps after the first token
         n, t = len(self.times) - 2, self.times
         return n / (t[-1] - t[1]) if n > 0 else len(self.ids) / max(t[-1] - t[0], 1e-9) if t else 0.
+
+# %% ../nbs/50_generate.ipynb #446c6e99
+def _text(self: Stream):
+    tail = f"; all {self.model_length} positions of the model are in use" if self.stopped_by == "context" else ""
+    return f"{len(self.ids)} tokens, {self.tokens_per_s:.1f} tokens/s, ended by {self.stopped_by}{tail}"
+
+Stream.__str__ = _text
 
 # %% ../nbs/50_generate.ipynb #d773e7f3
 def stream(

@@ -71,6 +71,7 @@ def alpaca_pretrain(
     if not (question or more) or not answer: return None
     return {"text": VICUNA.format(instruction=question, more=f"### Input:\n{more}\n\n" if more else "", output=answer)}
 
+# %% ../nbs/10b_handlers.ipynb #44760793
 @handler("StackOverflowPythonPretrainHandler", "text", ("title", "question_body", "answer_body"))
 def stack_overflow(
     row: dict # column -> value

@@ -17,9 +17,8 @@ from fastcore.basics import patch
 from .core import UserError, atomic_file, did_you_mean, messages, one_of, phrase
 
 # %% ../nbs/12_indexed.ipynb #70817865
-MAGIC = b"MMIDIDX\x00\x00"
+MAGIC, _HEAD = b"MMIDIDX\x00\x00", struct.Struct("<9sQBQQ")
 DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64, 7: np.float32, 8: np.uint16} # Megatron's codes
-_HEAD = struct.Struct("<9sQBQQ")
 
 def best_dtype(
     vocab_size: int # rows of the embedding: the highest id + 1
@@ -75,6 +74,7 @@ class _Numbers:
         if len(self.tail) > _TAIL: self.flush()
     def flush(self): self.file.write(self.tail.tobytes()); self.file.flush(); del self.tail[:]
 
+# %% ../nbs/12_indexed.ipynb #f5d7b82e
 class IndexedWriter:
     "Write `PREFIX.bin` and `PREFIX.idx`. As a context manager: both files appear when the block ends well, none when it does not."
     def __init__(self,

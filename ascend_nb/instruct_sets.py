@@ -184,6 +184,7 @@ def share_out(
     answer = min(room, answer)
     return min(max(seq_length - answer, 0), prompt), answer
 
+# %% ../nbs/13a_instruct_sets.ipynb #f951c6de
 class PairDataset(Instructions):
     "A better and a worse answer to the same messages; a sample is (chosen, rejected), two `Sample`."
     FIELDS = ("chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_labels")

@@ -6,7 +6,7 @@
 __all__ = ['LIVE', 'torchrun', 'busy_cards', 'Job', 'launch', 'attach', 'list_jobs']
 
 # %% ../nbs/45a_jobs.ipynb #336b33de
-import os, shlex, sys, time
+import json, os, shlex, socket, sys, time
 from html import escape
 from pathlib import Path
 from .checkpoint import RunDir
@@ -45,8 +45,9 @@ def busy_cards(
 
 def _refuse(cfg, folder, nproc, nnodes, node_rank, master, cards):
     run = RunDir(cfg.train.save)
-    if read_json(folder / JOB) and (state := Job(run.path).state) in LIVE:
-        raise UserError("job_live", path=run.path, state=state, pid=Job(run.path).started["keeper"]["pid"], host=Job(run.path).started["keeper"]["host"])
+    if read_json(folder / JOB) and (state := (job := Job(run.path)).state) in LIVE:
+        who = job.started["keeper"] if job.started else dict(pid="?", host=socket.gethostname())
+        raise UserError("job_live", path=run.path, state=state, pid=who["pid"], host=who["host"])
     with run.lock(): pass
     cfg.parallel.data_parallel_size(nproc * nnodes)
     if nnodes > 1 and node_rank == 0 and (who := port_holder(int(master.partition(":")[2]))): raise UserError("job_port", port=master.partition(":")[2], who=who)
@@ -61,8 +62,17 @@ messages(
 )
 
 # %% ../nbs/45a_jobs.ipynb #a355fa36
+def _end(path) -> str: # the last 64 KiB of a file from a line's beginning, all of a shorter one; "" where there is none
+    if not path.is_file(): return ""
+    with open(path, "rb") as f:
+        skip = max(0, path.stat().st_size - 2**16)
+        f.seek(skip)
+        text = f.read().decode("utf-8", "replace")
+    return text.partition("\n")[2] if skip else text
+
 LIVE = ("starting", "running", "stopping") # states in which a process of it lives
 
+# %% ../nbs/45a_jobs.ipynb #992c2e76
 class Job:
     "A run that goes on by itself, as its folder tells it."
     def __init__(self,
@@ -80,24 +90,26 @@ class Job:
     @property
     def asked(self) -> bool: return (self.folder / STOP).exists()
 
-    def steps(self) -> tuple: # (steps done, steps in all); zeros before the first row
+    def row(self) -> dict: # the newest row with a loss; empty before the first
+        "Read from the end of metrics.jsonl: a long run is asked often."
+        rows = [json.loads(line) for line in _end(self.run.metrics_path).split("\n")[:-1] if line]
+        return next((r for r in reversed(rows) if "loss" in r), {})
+
+    def steps(self) -> tuple: # (steps done, steps in all)
         "How far it is."
-        rows = self.run.rows()
-        total = [r["total_steps"] for r in rows if "total_steps" in r]
-        return max([r["step"] for r in rows if "loss" in r], default=0), total[-1] if total else 0
+        return self.row().get("step", 0), self.spec["steps"]
 
     @property
-    def state(self) -> str:
+    def state(self) -> str: # see the table
         began, end = self.started, self.ended
-        done, total = self.steps()
-        if end: return "finished" if end["code"] == 0 and done >= total else "stopped" if self.asked or end["code"] == 0 else "failed"
+        if end: return "failed" if end["code"] and not self.asked else "finished" if end["code"] == 0 and self.row().get("step", 0) >= self.spec["steps"] else "stopped"
         if began is None: return "starting" if time.time() - (self.folder / JOB).stat().st_mtime < 60 else "died"
-        if living(began["keeper"]) or living(began["command"]): return "stopping" if self.asked else "running" if [r for r in self.run.rows() if "loss" in r and r["time"] >= began["time"]] else "starting"
-        return "died" if began["keeper"]["host"] == os.uname().nodename else "elsewhere"
+        if living(began["keeper"]) or living(began["command"]): return "stopping" if self.asked else "running" if self.row().get("time", 0) >= began["time"] else "starting"
+        return "died" if began["keeper"]["host"] == socket.gethostname() else "elsewhere"
 
     def __repr__(self):
         done, total = self.steps()
-        return f"Job({str(self.run.path)!r}): {phrase('job_' + self.state)}, {done}/{total or '?'}"
+        return f"Job({str(self.run.path)!r}): {phrase('job_' + self.state)}, {done}/{total}"
 
 # %% ../nbs/45a_jobs.ipynb #7e59d90d
 messages(
@@ -109,17 +121,13 @@ def _tail(self: Job,
     lines: int = 20 # at most
 ) -> str:
     "The last lines that it printed."
-    log = self.folder / LOG
-    if not log.is_file(): return ""
-    with open(log, "rb") as f:
-        f.seek(max(0, log.stat().st_size - 2**16))
-        text = f.read().decode("utf-8", "replace")
+    text = _end(self.folder / LOG)
     return "\n".join(line.rpartition("\r")[2] for line in text.replace("\r\n", "\n").split("\n")[-lines - 1:] if line)
 
 def _html(job: Job) -> str:
     done, total = job.steps()
-    row = next((r for r in reversed(job.run.rows()) if "loss" in r), None)
-    facts = [phrase("job_" + job.state), f"{done}/{total or '?'}", *([f"loss {row['loss']:.4f}", f"{row['tokens_per_s']:,.0f} tokens/s"] if row else [])]
+    row = job.row()
+    facts = [phrase("job_" + job.state), f"{done}/{total}", *([f"loss {row['loss']:.4f}", f"{row['tokens_per_s']:,.0f} tokens/s"] if row else [])]
     return f"<b>{escape(str(job.run.path))}</b> · {' · '.join(facts)}<pre style='max-height:16em;overflow:auto'>{escape(job.tail(12))}</pre>"
 
 Job.tail, Job._repr_html_ = _tail, _html
@@ -145,10 +153,11 @@ def launch(
     words = [*torchrun(**start), "-m", "ascend_nb.cli", "train", "--config", str((folder / "run.yaml").resolve())]
     more = {"ASCEND_NB_JOB": str(folder.resolve()), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // nproc))}
     if cards: more["ASCEND_RT_VISIBLE_DEVICES"] = ",".join(map(str, cards))
-    write_json(folder / JOB, dict(command=words, env={**more, **(env or {})}, cwd=os.getcwd(), start={**start, "cards": [*cards]}))
+    write_json(folder / JOB, dict(command=words, steps=cfg.train.train_iters, env={**more, **(env or {})}, cwd=os.getcwd(), start={**start, "cards": [*cards]}))
     if start_keeper(folder) is None and not (folder / ENDED).exists(): raise UserError("job_not_started", path=folder / LOG)
     return Job(run.path)
 
+# %% ../nbs/45a_jobs.ipynb #c04b613b
 messages(job_not_started=("The job did not start within a minute; {path} may tell why.", "任务在一分钟内没有启动；原因可能在 {path} 中。"))
 
 def attach(

@@ -238,6 +238,7 @@ def _assign(self, name: str, more: bool) -> None:
         self.told("sh_branch", name=name, value=value)
     env[name] = value
 
+# %% ../nbs/44_launch_scripts.ipynb #58f9e244
 def _space(self) -> bool:
     "Move over blanks, continued lines and comments inside a continued command; is there more of this command?"
     while True:

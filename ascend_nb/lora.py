@@ -217,6 +217,7 @@ def read_peft(
         _replace(t, placed[m], shapes, whole)
     return Adapter(_joined(changes, shapes), whole, "a PEFT adapter", tuple({t.path for t in stored}), stored[0].dtype)
 
+# %% ../nbs/34_lora.ipynb #1a3f9987
 def _joined(changes, shapes): # part -> {(rows, cols): Low} -> part -> Low
     return {k: join([Piece(*at, low) for at, low in found.items()], matrix(part_shape(shapes, k))) for k, found in changes.items()}
 

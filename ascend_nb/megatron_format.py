@@ -79,6 +79,7 @@ class Stored:
         strides = self.strides and tuple(s * kind.itemsize for s in self.strides)
         return np.ndarray(self.shape, kind, mapped(str(self.path)), self.offset, strides)
 
+# %% ../nbs/32_megatron_format.ipynb #49dffc2b
 @cache
 def mapped(
     path: str # a file; it stays mapped until `forget`
@@ -162,6 +163,7 @@ class _Storage(NamedTuple):
     key: str
     numel: int
 
+# %% ../nbs/32_megatron_format.ipynb #f6bed2cc
 def _tensor(storage, offset, size, stride, grad=False, hooks=None, more=None, metadata=None): # torch._utils._rebuild_tensor_v2 and _v3
     dtype = storage.dtype or _TORCH[more.name]
     size, stride = tuple(size), tuple(stride)
@@ -209,6 +211,7 @@ def _records(path): # record name -> (offset, size, crc) of a zip that is not co
             out[i.filename.partition("/")[2]] = at, i.file_size, i.CRC
     return out
 
+# %% ../nbs/32_megatron_format.ipynb #ff5b6425
 def read_pt(
     path # a file of torch.save
 ) -> object: # what was saved; its tensors are Stored, nothing of them read
@@ -305,18 +308,21 @@ class PtLayout:
             for at, raw in self.parts: os.pwrite(f.fileno(), raw, at)
         return [replace(t, path=Path(path)) for t in self.tensors]
 
-    def finish(self,
-        path, # the file
-        crcs: list # CRC-32 of each tensor, in the order of `tensors`
-    ) -> None:
-        "Write the checksums and the zip's table of contents."
-        left, out = iter(crcs), b""
-        with open(path, "r+b") as f:
-            for at, entry, what in self.central:
-                crc = struct.pack("<I", next(left) if isinstance(what, Stored) else zlib.crc32(what))
-                os.pwrite(f.fileno(), crc, at + 14)
-                out += entry[:16] + crc + entry[20:]
-            os.pwrite(f.fileno(), out + _tail(len(self.central), len(out), self.end), self.end)
+# %% ../nbs/32_megatron_format.ipynb #13db65b4
+def _finish(self: PtLayout,
+    path, # the file
+    crcs: list # CRC-32 of each tensor, in the order of `tensors`
+) -> None:
+    "Write the checksums and the zip's table of contents."
+    left, out = iter(crcs), b""
+    with open(path, "r+b") as f:
+        for at, entry, what in self.central:
+            crc = struct.pack("<I", next(left) if isinstance(what, Stored) else zlib.crc32(what))
+            os.pwrite(f.fileno(), crc, at + 14)
+            out += entry[:16] + crc + entry[20:]
+        os.pwrite(f.fileno(), out + _tail(len(self.central), len(out), self.end), self.end)
+
+PtLayout.finish = _finish
 
 # %% ../nbs/32_megatron_format.ipynb #0a037c23
 def _tail(n, size, at): # the end of a zip, in its long form: files of 4 GiB and more are usual here

@@ -159,6 +159,7 @@ class Mesh:
         "The processes that differ from this one in one axis alone."
         return self.groups.get(axis)
 
+# %% ../nbs/24_mesh.ipynb #c4361392
 def _pairs(g): # this rank's group of first and last stage; None in the stages between
     pairs = [[int(a), int(b)] for a, b in zip(g[0].flatten(), g[-1].flatten())]
     made = [dist.new_group(p) for p in pairs] # all ranks make all of them
@@ -206,6 +207,7 @@ def _within(make, seconds: float): # what it returns; TimeoutError
     if box[0][1]: raise box[0][1]
     return box[0][0]
 
+# %% ../nbs/24_mesh.ipynb #a3da31a2
 def _open(host, port, r, wait): # the store; UserError
     hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" # torchrun holds it
     serve, end = r.rank == 0 and not hosted, time.monotonic() + wait.total_seconds()

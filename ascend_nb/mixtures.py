@@ -214,17 +214,6 @@ class Source:
         names = {p.handler.prompt_type for p in self.parts}
         return names.pop() if len(names) == 1 else None
 
-    def pieces(self,
-        start: int = 0 # pass over the pieces before this one; their bad rows are not noted again
-    ): # Pieces; `.index` is the number of the one yielded last
-        "Read on from a piece. Raises UserError for what is broken, and for a bad row where those end the run."
-        self.index = -1
-        for n, *made in _drawn(self) if self.strategy != "concat" else _one_by_one(self, start):
-            self._tell(n >= start)
-            self.index = n
-            if n >= start: yield _piece(*made)
-        self._tell(True)
-
     def __iter__(self):
         for piece in self.pieces(): yield from piece.items
 
@@ -233,6 +222,20 @@ class Source:
         for own in [p.bad for p in self.parts if p.bad is not self.bad]:
             if heard and own.count: self.bad.merge(own.count, own.examples)
             own.forget()
+
+# %% ../nbs/10d_mixtures.ipynb #5316588c
+def _source_pieces(self: Source,
+    start: int = 0 # pass over the pieces before this one; their bad rows are not noted again
+): # Pieces; `.index` is the number of the one yielded last
+    "Read on from a piece. Raises UserError for what is broken, and for a bad row where those end the run."
+    self.index = -1
+    for n, *made in _drawn(self) if self.strategy != "concat" else _one_by_one(self, start):
+        self._tell(n >= start)
+        self.index = n
+        if n >= start: yield _piece(*made)
+    self._tell(True)
+
+Source.pieces = _source_pieces
 
 # %% ../nbs/10d_mixtures.ipynb #2591c25a
 _OURS = ("places", "rows", "turns", "handlers", "registry", "mixtures")

@@ -125,6 +125,7 @@ def _entries(line, layer, e, cfg, have): # one line for one layer and expert; no
         expert = e if "{e}" in line else None
         yield Entry(f"{hf}.weight" if expert is not None and not hf.endswith(".weight") else hf + end, rule, tuple(Part(n + end, expert) for n in ours))
 
+# %% ../nbs/21a_names.ipynb #0f051199
 def hf_entries(
     cfg: ModelConfig # the model
 ) -> list: # of Entry, in the usual order

@@ -380,6 +380,7 @@ class NpuAdamW(torch.optim.Optimizer):
                 torch.ops.npu.npu_apply_adam_w(b1 ** t, b2 ** t, g["lr"], g["weight_decay"], b1, b2, g["eps"], p.grad, None, False, False,
                                                out=[p, s["exp_avg"], s["exp_avg_sq"]])
 
+# %% ../nbs/20_npu_kernels.ipynb #fae33f57
 @kernel("adamw")
 def _(groups, **kw): return torch.optim.AdamW(groups, **kw, fused=True)
 

@@ -44,6 +44,7 @@ def scatter_sum(
     dist.reduce_scatter_single(out, x.flatten(0, 1), group=group)
     return out
 
+# %% ../nbs/25_parallel_layers.ipynb #8dee6876
 def total(
     x: Tensor, # a summand
     group # of processes
@@ -197,6 +198,7 @@ def _words(module, mesh):
         return inner(at * mine) * mine[..., None]
     module.forward = forward
 
+# %% ../nbs/25_parallel_layers.ipynb #9db723f9
 def cut_model(
     model: nn.Module, # a Decoder, or a stage of it
     mesh: Mesh, # its tp axis

@@ -180,6 +180,7 @@ def _read_optim(t, folder):
             fill[name] = k.whole(w.optimizer.state[p][key])
     read_tensors(folder, fill)
 
+# %% ../nbs/41a_parallel_trainer.ipynb #08996e67
 def _restore(self: ParallelTrainer,
     run: RunDir, # where
     step: int, # which

@@ -130,18 +130,21 @@ class Pipeline:
         stream = (make(B, S // self.narrow, H), *beside)
         return (make(B, S, dtype=torch.int64),) if number == 0 else stream, (make(B, S, H),) if number == self.n - 1 else stream
 
-    def _schedule(self, B, S, micro):
-        key = B, S, micro
-        if key not in self.made:
-            self.made.clear()
-            held = []
-            for number, model in self.stages.items():
-                given, gives = self._shapes(number, B, S, model.cfg.hidden_size)
-                held.append(tp.PipelineStage(model, number, self.n, torch.device(self.mesh.device_type), input_args=given, output_args=gives, group=self.group))
-            kind = SCHEDULES[self.name]
-            single = issubclass(kind, tp.schedules.PipelineScheduleSingle)
-            self.made[key] = kind(held[0] if single else held, micro, loss_fn=lambda h, which: self.loss(h, which), scale_grads=False)
-        return self.made[key]
+# %% ../nbs/27_pipeline.ipynb #a213bef9
+def _line_schedule(self: Pipeline, B, S, micro):
+    key = B, S, micro
+    if key not in self.made:
+        self.made.clear()
+        held = []
+        for number, model in self.stages.items():
+            given, gives = self._shapes(number, B, S, model.cfg.hidden_size)
+            held.append(tp.PipelineStage(model, number, self.n, torch.device(self.mesh.device_type), input_args=given, output_args=gives, group=self.group))
+        kind = SCHEDULES[self.name]
+        single = issubclass(kind, tp.schedules.PipelineScheduleSingle)
+        self.made[key] = kind(held[0] if single else held, micro, loss_fn=lambda h, which: self.loss(h, which), scale_grads=False)
+    return self.made[key]
+
+Pipeline._schedule = _line_schedule
 
 # %% ../nbs/27_pipeline.ipynb #a87d35e2
 def _line_step(self: Pipeline,

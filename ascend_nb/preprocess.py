@@ -128,6 +128,7 @@ messages(
 )
 _FREE = ("input", "workers", "report", "resume", "streaming", "overwrite_cache", "cache_dir", "log_interval", "on_bad_row", "n_subs") # decide no bytes; the source names the input
 
+# %% ../nbs/14a_preprocess.ipynb #fdeef9f6
 def _plan(cfg: PreprocessConfig, source, tokenizer: Tokenizer, n: int) -> dict:
     "Everything that decides the bytes."
     if cfg.prompt_type_path: load_prompt_types(cfg.prompt_type_path)
@@ -201,6 +202,7 @@ def _one(cfg, source, bad, tokenizer, folder, prefixes, report):
     with Part(folder, list(prefixes.values())) as part:
         _Pump(cfg, source, bad, encoder(cfg, tokenizer, source.kind, source.prompt_type), part, lambda done, counts: report(done, counts)).run()
 
+# %% ../nbs/14a_preprocess.ipynb #5fe324d9
 def _many(cfg, source, folders, prefixes, lock, report):
     "A process for each part."
     n = len(folders)

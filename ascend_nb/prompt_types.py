@@ -158,6 +158,7 @@ _FIELDS = {f.name.removeprefix("format_"): f for f in fields(PromptType)} # "use
 _KINDS = {str: "want_prompt_text", bool: "want_bool", tuple: "want_words"}
 _CLASSES = {"Template": {}, "Llama2Template": {"merge_system": True}, "ReasoningTemplate": {"thinking": True}} # ModelLink's template_class
 
+# %% ../nbs/11_prompt_types.ipynb #b68861eb
 def _plain(entry: dict, bad) -> dict: # short key -> value
     "An entry of either form: ModelLink's slots, [\"bos_token\"], {\"token\": X} or text, become one string. Raises what `bad` makes of (found, expected)."
     def text(key, slots):
@@ -209,24 +210,27 @@ class PromptTypes(Mapping):
         base = (self if self is PROMPT_TYPES or (other in self.entries and other != name) else PROMPT_TYPES)[other]
         return {k: getattr(base, f.name) for k, f in _FIELDS.items()}
 
-    def _make(self, name, entry) -> PromptType:
-        def bad(got, want): return self._bad(name, got, want)
-        def other(key, names): return bad(key, phrase("one_of_these", names=", ".join(names)))
-        base = self._like(name, entry.pop("like")) if "like" in entry else {"tool_format": "default"}
-        base = {**base, **entry, "needs": (*base.get("needs", ()), *entry["needs"])}
-        kind = base.pop("template_class", "Template")
-        if kind not in _CLASSES: raise other(f"template_class {kind}", _CLASSES)
-        formats = {**PROMPT_TYPES.entries["tool_formats"], **(self.entries.get("tool_formats") or {})}
-        form = formats[one_of("tool_format", base.pop("tool_format"), [*formats])] if "tool_format" in base else {}
-        if not isinstance(form, dict): raise bad(f"tool_formats: {form!r}", phrase("want_object"))
-        base.pop("force_system", None) # says whether an empty system text is written: it never is
-        values = {**base, **form, **{k: v for k, v in entry.items() if k in form}, **_CLASSES[kind]}
-        for key, value in values.items():
-            if key not in _FIELDS: raise other(phrase("the_key", key=key), _FIELDS)
-            kind = tuple if key in ("stop_words", "needs") else bool if _FIELDS[key].default is False else str
-            if not isinstance(value, kind) and value is not _FIELDS[key].default: raise bad(f"{key}: {value!r}", phrase(_KINDS[kind]))
-        if values.get("replace_eos") and not values.get("stop_words"): raise bad(phrase("no_stop"), phrase("want_stop"))
-        return _call_apart(PromptType(**{_FIELDS[k].name: v for k, v in values.items()}))
+# %% ../nbs/11_prompt_types.ipynb #dfc074f7
+def _make_type(self: PromptTypes, name, entry) -> PromptType:
+    def bad(got, want): return self._bad(name, got, want)
+    def other(key, names): return bad(key, phrase("one_of_these", names=", ".join(names)))
+    base = self._like(name, entry.pop("like")) if "like" in entry else {"tool_format": "default"}
+    base = {**base, **entry, "needs": (*base.get("needs", ()), *entry["needs"])}
+    kind = base.pop("template_class", "Template")
+    if kind not in _CLASSES: raise other(f"template_class {kind}", _CLASSES)
+    formats = {**PROMPT_TYPES.entries["tool_formats"], **(self.entries.get("tool_formats") or {})}
+    form = formats[one_of("tool_format", base.pop("tool_format"), [*formats])] if "tool_format" in base else {}
+    if not isinstance(form, dict): raise bad(f"tool_formats: {form!r}", phrase("want_object"))
+    base.pop("force_system", None) # says whether an empty system text is written: it never is
+    values = {**base, **form, **{k: v for k, v in entry.items() if k in form}, **_CLASSES[kind]}
+    for key, value in values.items():
+        if key not in _FIELDS: raise other(phrase("the_key", key=key), _FIELDS)
+        kind = tuple if key in ("stop_words", "needs") else bool if _FIELDS[key].default is False else str
+        if not isinstance(value, kind) and value is not _FIELDS[key].default: raise bad(f"{key}: {value!r}", phrase(_KINDS[kind]))
+    if values.get("replace_eos") and not values.get("stop_words"): raise bad(phrase("no_stop"), phrase("want_stop"))
+    return _call_apart(PromptType(**{_FIELDS[k].name: v for k, v in values.items()}))
+
+PromptTypes._make = _make_type
 
 # %% ../nbs/11_prompt_types.ipynb #fa34ec6d
 def _read(path):
@@ -248,6 +252,7 @@ def _read(path):
 
 PROMPT_TYPES = PromptTypes(files("ascend_nb")/"prompt_types.yaml") # ModelLink's names
 
+# %% ../nbs/11_prompt_types.ipynb #c19d769c
 def load_prompt_types(
     path # a YAML file as ours, or ModelLink's templates.json
 ) -> PromptTypes: # name -> PromptType; what the file says of one is checked when it is asked for

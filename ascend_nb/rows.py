@@ -29,6 +29,7 @@ messages(
                "{where}是 {got}；应为含列名的对象，例如 {{\"text\": …}}。请修改文件。"),
 )
 
+# %% ../nbs/10a_rows.ipynb #5b9e69c7
 def _blocks(path, want):
     "(where it begins, whole lines) for each CHUNK bytes; None for lines nobody wants."
     size, pos = path.stat().st_size, 0 # a line begins at pos
@@ -82,6 +83,7 @@ def _one_by_one(path, texts, here, bad, parse):
         else: rows += new; gaps += [i] * len(new)
     return rows, gaps
 
+# %% ../nbs/10a_rows.ipynb #16aa37c4
 def _object(x):
     row = json.loads(x)
     if type(row) is not dict: raise TypeError(type(row).__name__)
@@ -159,6 +161,7 @@ def _values(path):
                 n += len(rows); buf.drop(pos); pos, rows = 0, []
         yield rows, f.buffer.tell()
 
+# %% ../nbs/10a_rows.ipynb #5193c948
 def _json(path, want, bad):
     "The objects of an array, or objects one after another."
     first = 1
@@ -346,14 +349,17 @@ class Rows:
     def __iter__(self):
         for rows in self.pieces(): yield from rows
 
-    def place(self) -> Place: # its .where(i) names a row, also later and in another process
-        "Where the piece stands that was yielded last."
-        return self._place
+# %% ../nbs/10a_rows.ipynb #062df286
+def _place(self: Rows) -> Place: # its .where(i) names a row, also later and in another process
+    "Where the piece stands that was yielded last."
+    return self._place
 
-    def where(self,
-        i: int # place in the piece that was yielded last
-    ) -> str: # "row 17 of train.jsonl"
-        return self._place.where(i)
+def _where(self: Rows,
+    i: int # place in the piece that was yielded last
+) -> str: # "row 17 of train.jsonl"
+    return self._place.where(i)
+
+Rows.place, Rows.where = _place, _where
 
 # %% ../nbs/10a_rows.ipynb #3121f7ca
 def read_rows(

@@ -135,6 +135,7 @@ def _together():
     if not dist or not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1: return None
     return _patient(dist.group.WORLD)
 
+# %% ../nbs/12a_sample_index.ipynb #0389482a
 def agree(
     value # what this process has to tell; anything that can be pickled
 ) -> list: # what each process told, in order of rank; [value] in a single process

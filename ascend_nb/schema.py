@@ -112,6 +112,7 @@ def _to_dict(v):
 
 _READ = {bool: _to_bool, int: _to_int, str: _to_str, dict: _to_dict, float: lambda v: float("x" if isinstance(v, bool) else v)}
 
+# %% ../nbs/02_schema.ipynb #8144cf56
 def coerce(
     k: Knob, # which knob
     v # a value from YAML, a shell or a form

@@ -77,6 +77,7 @@ def bias_rule(
     d.set("model.mlp_bias", on, f.any("disable-bias-linear"))
     if f.any("qk-layernorm") and not f.any(_MLA): d.set("model.qk_norm", True, "qk-layernorm") # latent attention has those norms anyway
 
+# %% ../nbs/44b_script_rules.ipynb #cb0aaf1a
 _MLA = "multi-head-latent-attention multi-latent-attention"
 
 def position_rule(

@@ -48,6 +48,7 @@ def shard_model(
     register_fsdp_forward_method(model, "hidden")
     return model
 
+# %% ../nbs/25a_sharding.ipynb #f4cb800b
 def begin_backward(
     model: nn.Module, # perhaps sharded
     stage: int, # zero_stage
@@ -93,6 +94,7 @@ class Piece:
         if not isinstance(p, DTensor) or t.shape != p.to_local().shape: return t
         return DTensor.from_local(t, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
 
+# %% ../nbs/25a_sharding.ipynb #12cbd8dd
 def pieces(
     models, # stages of this process
     mesh: Mesh, # of the run

@@ -112,9 +112,12 @@ class Tokenizer:
     @chat_template.setter
     def chat_template(self, text: str): self.templates = {**self.templates, "default": text} # Jinja; `save` writes it
 
-    def __repr__(self):
-        return (f"Tokenizer({self.path.name}: {self.vocab_size:,} rows, bos {self.bos_token}, eos {self.eos_token}, pad {self.pad_token}, "
-                f"{'a' if self.templates else 'no'} chat template; {self.reason})")
+# %% ../nbs/04_tokenizers.ipynb #21c586a7
+def _shown(self: Tokenizer):
+    return (f"Tokenizer({self.path.name}: {self.vocab_size:,} rows, bos {self.bos_token}, eos {self.eos_token}, pad {self.pad_token}, "
+            f"{'a' if self.templates else 'no'} chat template; {self.reason})")
+
+Tokenizer.__repr__ = _shown
 
 # %% ../nbs/04_tokenizers.ipynb #378e57a1
 @patch
@@ -160,6 +163,7 @@ def _twin_of(tok): # what is faster for nearly all texts, or None; made anew whe
 
 Tokenizer.twin = property(_twin_of)
 
+# %% ../nbs/04_tokenizers.ipynb #53f79c16
 @patch
 def bulk(self: Tokenizer,
     texts: list, # of str; a few MB at a time keeps all cores busy

@@ -85,13 +85,16 @@ class Weights:
         "Round the copies into the model."
         if self.copied: torch._foreach_copy_(list(self.live.values()), list(self.named.values()))
 
-    def clip(self,
-        limit: float # largest length; 0: only measure
-    ) -> Tensor: # the gradient's length before clipping, 0-d on the device
-        "Undo the loss scale, measure the gradient, shorten it."
-        if self.scaler.is_enabled(): self.scaler.unscale_(self.optimizer)
-        if limit: return nn.utils.clip_grad_norm_(self.named.values(), limit).to(self.device)
-        return nn.utils.get_total_norm([w.grad for w in self.named.values() if w.grad is not None]).to(self.device)
+# %% ../nbs/41_trainer.ipynb #08d4131c
+def _clip(self: Weights,
+    limit: float # largest length; 0: only measure
+) -> Tensor: # the gradient's length before clipping, 0-d on the device
+    "Undo the loss scale, measure the gradient, shorten it."
+    if self.scaler.is_enabled(): self.scaler.unscale_(self.optimizer)
+    if limit: return nn.utils.clip_grad_norm_(self.named.values(), limit).to(self.device)
+    return nn.utils.get_total_norm([w.grad for w in self.named.values() if w.grad is not None]).to(self.device)
+
+Weights.clip = _clip
 
 # %% ../nbs/41_trainer.ipynb #0a975917
 def _update(self: Weights,
@@ -171,17 +174,18 @@ class Loop:
         if self.logs_at(self.step): self.log()
         self.call("after_step")
 
-    def compute(self,
-        now: Step # its batches are read
-    ) -> list: # each micro-batch's sum of losses, 0-d tensors
-        "Forward and backward over the micro-batches."
-        for batch in now.batches:
-            total, _ = self.loss_fn(self.model, batch.to(self.device))
-            self.weights.scaler.scale(total / now.targets).backward()
-            now.sums.append(total.detach())
-        return now.sums
+# %% ../nbs/41_trainer.ipynb #d4dfef23
+def _compute(self: Loop,
+    now: Step # its batches are read
+) -> list: # each micro-batch's sum of losses, 0-d tensors
+    "Forward and backward over the micro-batches."
+    for batch in now.batches:
+        total, _ = self.loss_fn(self.model, batch.to(self.device))
+        self.weights.scaler.scale(total / now.targets).backward()
+        now.sums.append(total.detach())
+    return now.sums
 
-
+Loop.compute = _compute
 
 # %% ../nbs/41_trainer.ipynb #aa7e40ca
 def _together(self: Loop, sums: list) -> Tensor: return torch.stack(sums).sum() # sums: of the micro-batches; the step's sum of losses, 0-d
@@ -228,15 +232,18 @@ class Trainer(Loop):
         "Tell every callback that has this method."
         for c in self.callbacks: getattr(c, event, lambda *a: None)(self, *args)
 
-    def stop(self,
-        why: str # said to the user, kept as `.stopped`
-    ) -> None:
-        "End after the current step."
-        self.stopped = self.stopped or why
-
     @property
     def consumed(self) -> int: # samples read so far, by all processes
         return self.loader.consumed
+
+# %% ../nbs/41_trainer.ipynb #57712862
+def _stop(self: Trainer,
+    why: str # said to the user, kept as `.stopped`
+) -> None:
+    "End after the current step."
+    self.stopped = self.stopped or why
+
+Trainer.stop = _stop
 
 # %% ../nbs/41_trainer.ipynb #6aca2f18
 def _read_batches(self: Trainer) -> Step:

@@ -102,6 +102,7 @@ def changed(
     a, b = _flat(old), _flat(new)
     return {k: (a[k], b[k]) for k in b if a.get(k) != b[k]}
 
+# %% ../nbs/43_training.ipynb #d586cffb
 def find_resume(
     run: RunDir, # the run folder
     cfg: RunConfig # resolved; cfg.train.resume is auto, never or must

@@ -76,6 +76,7 @@ class SequenceView:
         more += [phrase("view_cut", n=self.count(CUT))] if self.count(CUT) else []
         return phrase("view_line", title=self.title, n=sum(self.sizes) + self.padding, learned=self.count(LEARNED), more="".join(f", {m}" for m in more))
 
+# %% ../nbs/15_views.ipynb #cba9d576
 messages(
     view_line=("{title}: {n} tokens, {learned} learned{more}", "{title}：{n} 个词元，其中 {learned} 个参与学习{more}"),
     view_documents=("{n} documents", "{n} 个文档"), view_padding=("{n} of padding", "{n} 个填充"),
@@ -118,16 +119,19 @@ class SampleView:
         return dict(note=self.note, sequences=[dict(title=v.title, tokens=sum(v.sizes) + v.padding, learned=v.count(LEARNED), cut=v.count(CUT), padding=v.padding,
                                                     documents=len(v.begins) + 1, text=v.text, learned_texts=v.learned) for v in self.views])
 
-    def _repr_html_(self):
-        def span(v, i): return (f"<span title='{v.sizes[i]} token{'s' * (v.sizes[i] > 1)}' style='{_CSS[v.states[i]]};border-right:1px solid #ccc'>"
-                                f"{html.escape(v.texts[i]).replace(chr(10), '⏎' + chr(10))}</span>")
-        def mark(v, i): return "<hr>" * (i in v.begins) + "✂" * (v.states[i] == CUT and (not i or v.states[i - 1] != CUT))
-        page, box = f"<div>{html.escape(self.note)}</div>" if self.note else "", "style='white-space:pre-wrap;font-family:monospace'"
-        for v in self.views:
-            body = "".join(mark(v, i) + span(v, i) for i in range(len(v.texts)))
-            page += f"<div><b>{html.escape(v.line)}</b></div><div {box}>{body}</div>"
-            page += f"<details><summary>{phrase('view_text')}</summary><pre {box}>{html.escape(v.text)}</pre></details>"
-        return page
+# %% ../nbs/15_views.ipynb #7c5c20da
+def _sample_html(self: SampleView):
+    def span(v, i): return (f"<span title='{v.sizes[i]} token{'s' * (v.sizes[i] > 1)}' style='{_CSS[v.states[i]]};border-right:1px solid #ccc'>"
+                            f"{html.escape(v.texts[i]).replace(chr(10), '⏎' + chr(10))}</span>")
+    def mark(v, i): return "<hr>" * (i in v.begins) + "✂" * (v.states[i] == CUT and (not i or v.states[i - 1] != CUT))
+    page, box = f"<div>{html.escape(self.note)}</div>" if self.note else "", "style='white-space:pre-wrap;font-family:monospace'"
+    for v in self.views:
+        body = "".join(mark(v, i) + span(v, i) for i in range(len(v.texts)))
+        page += f"<div><b>{html.escape(v.line)}</b></div><div {box}>{body}</div>"
+        page += f"<details><summary>{phrase('view_text')}</summary><pre {box}>{html.escape(v.text)}</pre></details>"
+    return page
+
+SampleView._repr_html_ = _sample_html
 
 # %% ../nbs/15_views.ipynb #4ec019a3
 def _view(title, ids, learned, tokenizer, cut=None, ends=(), padding=0) -> SequenceView:

@@ -28,3 +28,13 @@ def shared_data() -> Path:
 def samples(root) -> Path:
     "The small samples that ship with the project."
     return root / "data_samples"
+
+
+@pytest.fixture
+def one_thread():
+    "For models so small that a second thread only waits."
+    import torch
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n)

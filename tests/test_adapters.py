@@ -7,7 +7,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load_file, save_file
-from test_converters import family_shape, llama, make
+from test_converters import family_shape
+from test_lora import IDS, MODELS, base, far, small_bases
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -17,24 +18,8 @@ from ascend_nb.core import UserError
 from ascend_nb.hf_format import load_model, save_model
 from ascend_nb.model import Decoder
 
-IDS = torch.arange(24).reshape(2, 12) * 7 % 61
-MODELS = {"llama": llama(), "tied": llama(tie_word_embeddings=True), "qwen2": dict(llama(), model_type="qwen2", architectures=["Qwen2ForCausalLM"])}
-
-
 @pytest.fixture(scope="module")
-def homes(tmp_path_factory):
-    root = tmp_path_factory.mktemp("bases")
-    for name, hf in MODELS.items():
-        make(root / name, hf, torch.float32)
-        f = root / name / "model.safetensors"
-        save_file({k: v * 0.2 if v.ndim > 1 else v for k, v in load_file(f).items()}, f, {"format": "pt"})
-    return root
-
-
-def base(folder): return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-
-
-def far(a, b): return float(((a - b).abs().max() / b.abs().max()).detach())
+def homes(tmp_path_factory): return small_bases(tmp_path_factory.mktemp("bases"))
 
 
 def shake(model, size=0.05, seed=3):

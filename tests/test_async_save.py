@@ -8,7 +8,6 @@ import threading
 import time
 
 import pytest
-import torch
 from async_worker import Disk, same, train
 from conftest import ROOT
 from test_trainer import samples as texts
@@ -26,13 +25,7 @@ from ascend_nb.trainer import Callback
 STEPS = "step_0000003", "step_0000006", "step_0000008"
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    "These models are so small that a second thread only waits."
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def one_at_a_time(log):

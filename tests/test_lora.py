@@ -26,9 +26,8 @@ MODELS = {"llama": llama(), "tied": llama(tie_word_embeddings=True), "qwen2": BI
 def base(folder): return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
-@pytest.fixture(scope="module")
-def homes(tmp_path_factory):
-    root = tmp_path_factory.mktemp("bases")
+def small_bases(root):
+    "Folders of small random models, in fp32, whose logits are of ordinary size."
     for name, hf in MODELS.items():
         make(root / name, hf, torch.float32)
         f = root / name / "model.safetensors"
@@ -36,7 +35,11 @@ def homes(tmp_path_factory):
     return root
 
 
-def far(a, b): return float((a - b).abs().max() / b.abs().max())
+@pytest.fixture(scope="module")
+def homes(tmp_path_factory): return small_bases(tmp_path_factory.mktemp("bases"))
+
+
+def far(a, b): return float(((a - b).abs().max() / b.abs().max()).detach())
 
 
 def scores(source):

@@ -21,13 +21,7 @@ from ascend_nb.trainer import Callback, Trainer, Weights, lr_at, make_optimizer
 V = 64
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    "These models are so small that a second thread only waits."
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def samples(n=64, seq=24, seed=0, ragged=False):

@@ -25,13 +25,7 @@ from ascend_nb.trainer import Callback
 STEPS = 60
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    "These models are so small that a second thread only waits."
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

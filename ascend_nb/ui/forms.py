@@ -171,6 +171,7 @@ def command_line(
     import shlex
     return shlex.join(["ascend_nb", COMMAND_OF.get(type(cfg).__name__, "train"), *to_args(cfg)])
 
+# %% ../../nbs/60_forms.ipynb #20b5ca95
 class CodeView(W.VBox):
     "A button, and behind it the three ways to write a config."
     def __init__(self):

@@ -126,10 +126,6 @@ class RunView(W.VBox):
             self.refresh()
             if self.state == "run_done": break
 
-    def stop(self) -> None:
-        "End the watching; the run goes on."
-        self._end.set()
-
     @property
     def figure(self): # an IPython Image
         "The picture as it is now."
@@ -139,6 +135,13 @@ class RunView(W.VBox):
     def __repr__(self): return summary(self.tail.rows, self.run.name)[1]
 
     def _repr_mimebundle_(self, **kw): return {**(super()._repr_mimebundle_(**kw) or {}), "text/plain": repr(self)}
+
+# %% ../../nbs/61_run_view.ipynb #c5003a30
+def _stop(self: RunView) -> None:
+    "End the watching; the run goes on."
+    self._end.set()
+
+RunView.stop = _stop
 
 # %% ../../nbs/61_run_view.ipynb #c650cb2c
 def show_run(
