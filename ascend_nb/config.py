@@ -12,7 +12,9 @@ __all__ = ['RowsConfig', 'PreprocessConfig', 'DataConfig', 'MemoryConfig', 'Para
 from dataclasses import dataclass, field
 from .core import UserError, messages
 from .schema import dump_yaml, from_dict, knob, parse_args, to_args, to_dict
+from .guarding import GuardConfig
 from .shapes import ModelConfig, ShapeConfig
+from .tuning import TuneConfig
 
 # %% ../nbs/03_config.ipynb #55492ffa
 @dataclass
@@ -204,6 +206,8 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    tune: TuneConfig = field(default_factory=TuneConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
 
 # %% ../nbs/03_config.ipynb #f24c6ff2
 @dataclass
