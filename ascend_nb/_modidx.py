@@ -1118,6 +1118,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'ascend_nb.many_devices._decide': ('many_devices.html#_decide', 'ascend_nb/many_devices.py'),
                                         'ascend_nb.many_devices._fill_from_hf': ( 'many_devices.html#_fill_from_hf',
                                                                                   'ascend_nb/many_devices.py'),
+                                        'ascend_nb.many_devices._fill_from_model': ( 'many_devices.html#_fill_from_model',
+                                                                                     'ascend_nb/many_devices.py'),
                                         'ascend_nb.many_devices._fill_from_step': ( 'many_devices.html#_fill_from_step',
                                                                                     'ascend_nb/many_devices.py'),
                                         'ascend_nb.many_devices._logits': ('many_devices.html#_logits', 'ascend_nb/many_devices.py'),

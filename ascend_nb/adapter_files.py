@@ -168,6 +168,7 @@ def open_adapter(
     if odd := {p for p, _ in whole} - {"model.embed_tokens.weight", HEAD}: raise UserError("adapter_inside", names=names(odd), path=folder)
     return Stored(told, lows, long, {p: w for (p, _), w in whole.items()})
 
+# %% ../nbs/34c_adapter_files.ipynb #5f791510
 @torch.no_grad()
 def place_adapter(
     model: Decoder, # the base model, or a stage of it; changed in place

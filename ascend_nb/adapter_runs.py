@@ -80,6 +80,7 @@ def _continued(model, t): # Stored: the adapter of a file, if it is the one that
     if odd: raise UserError("lora_other", path=t.lora_load, got=names(odd), asked=names([f"{k}={asked[k]}" for k in (o.partition("=")[0] for o in odd)]))
     return a._replace(spec=replace(a.spec, dropout=t.lora_dropout)) if "lora_dropout" in asked else a
 
+# %% ../nbs/34d_adapter_runs.ipynb #2dbfcc6f
 def plan_adapter(
     cfg: RunConfig # its model is known
 ) -> Plan | None: # None: all weights learn
@@ -207,6 +208,7 @@ def open_tuned(
     read_tensors(find_step(path), {f"model.{n}": p.detach() for n, p in model.named_parameters() if p.requires_grad}, alone=True)
     return model.eval()
 
+# %% ../nbs/34d_adapter_runs.ipynb #fdba9c82
 def tuned_model(
     path # as for `open_tuned`
 ) -> Decoder: # the adapter is in the matrices

@@ -105,7 +105,7 @@ def deal_experts(
         localize(moe.experts, True)
         for m in moe.experts.children(): # adapters beside the stacks
             own = m.places(CUTS[m.beside] if tp > 1 else None)
-            distribute(m, grid, lambda name, _: [Shard(0)] + [Replicate() if own[name] is None else Shard(own[name])] * (tp > 1))
+            distribute(m, grid, lambda name, _, own=own: [Shard(0)] + [Replicate() if own[name] is None else Shard(own[name])] * (tp > 1))
             localize(m, True)
     return model
 

@@ -212,6 +212,7 @@ def _export_adapter(job, model): # RUN/adapter; afterwards it is in the model's 
         say(e)
     say(f"merged    {merge_adapter(model, keep=False)}")
 
+# %% ../nbs/43_training.ipynb #dba8f89a
 def result(
     job: Job, # trained
     hf: Path | None # the exported folder
