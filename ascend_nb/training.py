@@ -16,6 +16,7 @@ from .config import ModelConfig, RunConfig
 from .core import UserError, check_space, make_deterministic, messages, rank_info, say, seed_all
 from .convert import as_model
 from .dcp_format import is_step, model_folder, open_step
+from .faults import inject
 from .families import check_length, check_vocab, config_from_hf, config_to_hf
 from .hf_format import load_model, save_model
 from .losses import causal_lm_loss
@@ -157,11 +158,12 @@ def build(
     cfg, tokenizer = resolve(cfg)
     t, run = cfg.train, RunDir(cfg.train.save)
     mesh = fit_grid(cfg)
+    watchers = inject(cfg.guard.inject, run, mesh.sizes.world, t.train_iters)
     data = loaders(cfg, tokenizer, mesh)
     begin = mesh.share(lambda: find_resume(run, cfg))
     check_space(run.path, 16 * cfg.model.num_params()) # weights, two moments, the finished model
     seed_all(t.seed)
-    trainer = ParallelTrainer(build_engine(cfg, mesh, weights), t, data["train"], causal_lm_loss, [*crew(run, tokenizer, mesh), *callbacks], data.get("valid"))
+    trainer = ParallelTrainer(build_engine(cfg, mesh, weights), t, data["train"], causal_lm_loss, [*crew(run, tokenizer, mesh), *watchers, *callbacks], data.get("valid"))
     if begin is not None: trainer.restore(run, begin, checked=True)
     return Job(cfg, run, trainer, tokenizer, begin, mesh)
 
