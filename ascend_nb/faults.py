@@ -209,6 +209,7 @@ class BeforeSave(Faults):
         records = max((p.stat().st_size for p in self.run.path.glob("*.jsonl")), default=0)
         resource.setrlimit(resource.RLIMIT_FSIZE, (records + 8192 if full else most, most))
 
+# %% ../nbs/42c_faults.ipynb #2a792246
 class AfterSave(BeforeSave):
     "Room again, and a file that is cut."
     order = 81
@@ -240,6 +241,7 @@ class Clock(Callback):
         for r in timeline(self.run):
             if r.get("recovered_s") is not None: say(f"{r.get('fault') or r['what']}: {r['recovered_s']:.1f} s until the run had done a step that it had not done before")
 
+# %% ../nbs/42c_faults.ipynb #26881931
 _QUIET = "start", "step", "end" # what is no incident
 
 def timeline(

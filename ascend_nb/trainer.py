@@ -173,7 +173,6 @@ class Loop:
         t0 = time.perf_counter()
         while not self.attempt(): pass
         now = self.now
-        self.step += 1; self.skipped += not now.updated
         now.seconds, now.batches = time.perf_counter() - t0, []
         self.call("after_update")
         if self.logs_at(self.step): self.log()
@@ -204,10 +203,11 @@ def _gradients(self: Loop) -> None:
     self.window.append(now)
 
 def _change(self: Loop) -> None:
-    "Update the weights, unless a callback has decided to leave the step out."
+    "Update the weights, unless a callback has decided to leave the step out, and count the step."
     self.call("before_update")
     self.torn = True # weights of two steps beside each other
     self.now.updated = self.weights.forget() if self.now.left_out else self.weights.update(self.now.lr)
+    self.step += 1; self.skipped += not self.now.updated
     self.torn = False
 
 Loop.gradients, Loop.change = _gradients, _change
