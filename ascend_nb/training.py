@@ -11,6 +11,7 @@ import json as jsonlib, signal
 from dataclasses import dataclass, replace
 from pathlib import Path
 from .blends import Loader, build_datasets, collate_for
+from .breath import rescue
 from .checkpoint import RunDir
 from .config import ModelConfig, RunConfig
 from .core import UserError, check_space, make_deterministic, messages, rank_info, say, seed_all
@@ -18,6 +19,7 @@ from .convert import as_model
 from .dcp_format import is_step, model_folder, open_step
 from .families import check_length, check_vocab, config_from_hf, config_to_hf
 from .hf_format import load_model, save_model
+from .last_breath import lifelines
 from .losses import causal_lm_loss
 from .mesh import Mesh, Sizes
 from .model import Decoder
@@ -110,7 +112,11 @@ def find_resume(
     "Where to begin. Raises UserError for steps that must not be overwritten, and for a config that does not continue them."
     how = cfg.train.resume
     if how == "never" and run.folders(): raise UserError("run_exists", path=run.path, steps=", ".join(map(str, run.folders())))
-    step = run.latest(say) if how != "never" else None
+    step = None
+    if how != "never":
+        step = run.latest(say)
+        if (run.path / "breath").is_dir():
+            with run.lock(): step = rescue(run, step, say)
     if step is None:
         if how == "must": raise UserError("nothing_to_resume", path=run.path)
         return None
@@ -152,7 +158,7 @@ def build(
     cfg: RunConfig, # what the user asked for
     callbacks=() # more Callback objects than the usual ones
 ) -> Job:
-    "Build a run. Raises UserError for whatever is wrong with it; writes nothing."
+    "Build a run. Raises UserError for whatever is wrong with it; writes nothing, but for a step that the survivors of an accident have left in parts."
     if cfg.train.deterministic: make_deterministic() # before anything makes a process group
     cfg, tokenizer = resolve(cfg)
     t, run = cfg.train, RunDir(cfg.train.save)
@@ -161,7 +167,7 @@ def build(
     begin = mesh.share(lambda: find_resume(run, cfg))
     check_space(run.path, 16 * cfg.model.num_params()) # weights, two moments, the finished model
     seed_all(t.seed)
-    trainer = ParallelTrainer(build_engine(cfg, mesh, weights), t, data["train"], causal_lm_loss, [*crew(run, tokenizer, mesh), *callbacks], data.get("valid"))
+    trainer = ParallelTrainer(build_engine(cfg, mesh, weights), t, data["train"], causal_lm_loss, [*crew(run, tokenizer, mesh, cfg.guard.keep_every), *lifelines(cfg.guard, run, mesh.main), *callbacks], data.get("valid"))
     if begin is not None: trainer.restore(run, begin, checked=True)
     return Job(cfg, run, trainer, tokenizer, begin, mesh)
 
