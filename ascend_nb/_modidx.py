@@ -556,6 +556,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'ascend_nb.endings.alarm': ('endings.html#alarm', 'ascend_nb/endings.py'),
                                    'ascend_nb.endings.before_leaving': ('endings.html#before_leaving', 'ascend_nb/endings.py'),
                                    'ascend_nb.endings.deaf': ('endings.html#deaf', 'ascend_nb/endings.py'),
+                                   'ascend_nb.endings.first_to_end': ('endings.html#first_to_end', 'ascend_nb/endings.py'),
+                                   'ascend_nb.endings.is_lost': ('endings.html#is_lost', 'ascend_nb/endings.py'),
                                    'ascend_nb.endings.quit_together': ('endings.html#quit_together', 'ascend_nb/endings.py'),
                                    'ascend_nb.endings.watch': ('endings.html#watch', 'ascend_nb/endings.py')},
             'ascend_nb.engine': { 'ascend_nb.engine.Engine': ('engine.html#engine', 'ascend_nb/engine.py'),

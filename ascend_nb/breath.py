@@ -54,7 +54,8 @@ def write_breath(
     tensors: dict, # name -> Tensor or DTensor, as for `save_step`
     state: dict, # JSON, as for `save_step`; its "step" names the folder
     sizes: Sizes = Sizes(), # the grid of processes
-    why: str = "" # what ended the run
+    why: str = "", # what ended the run
+    row: dict | None = None # the step's line of metrics.jsonl: the process that writes it may be the one that died
 ) -> Path: # this process's folder
     "Write what this process holds, without a collective. Raises UserError where there is no room."
     parts, rank = {k: part(t) for k, t in tensors.items()}, rank_info().rank
@@ -62,7 +63,7 @@ def write_breath(
     check_space(run.path, sum(p.local.nbytes for p in parts.values()) + 2**20)
     with atomic_dir(folder, replace=True) as tmp:
         write_safetensors(tmp / "parts.safetensors", parts)
-        seal = dict(format="ascend_nb breath", version=1, step=state["step"], rank=rank, grid=vars(sizes), time=round(time.time(), 3), why=why, sha256=_sha256(tmp / "parts.safetensors"),
+        seal = dict(format="ascend_nb breath", version=1, step=state["step"], rank=rank, grid=vars(sizes), time=round(time.time(), 3), why=why, row=row, sha256=_sha256(tmp / "parts.safetensors"),
                     state=state, parts={k: [p.whole, p.begin, tuple(p.shape)] for k, p in parts.items()})
         (tmp / "seal.json").write_text(json.dumps(seal), encoding="utf-8")
     return folder
@@ -90,6 +91,7 @@ class Breath:
     @property
     def sizes(self) -> Sizes: return Sizes(**next(iter(self.seals.values()))["grid"])
     def boxes(self) -> dict: # name -> (whole, {(begin, size): rank}); random numbers left out
+        "Who has what; of two that have the same, the first."
         out = {}
         for r, s in self.seals.items():
             for k, (whole, begin, size) in s["parts"].items():
@@ -171,6 +173,8 @@ def rescue(
         if b.damaged: report(f"{b.folder}: {', '.join(b.damaged)} is damaged and counts no more")
         if why := b.lacks(): report(f"{b.folder} is left out: {why}. replicate_optimizer keeps everything twice"); continue
         put_together(run, b)
+        row = next((s["row"] for s in b.seals.values() if s["row"]), None)
+        if row and row["step"] not in {r.get("step") for r in run.rows() if "loss" in r}: run.log(row)
         report(f"step {b.step} is put together from what {len(b.seals)} of {b.sizes.world} processes wrote before they ended")
         newest = b.step
     for b in breaths(run):

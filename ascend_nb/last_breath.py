@@ -9,7 +9,7 @@ __all__ = ['LastBreath', 'StepWatch', 'Recovery', 'lifelines']
 import random, secrets, threading, time
 import numpy as np
 import torch
-from .breath import rescue, write_breath
+from .breath import write_breath
 from .callbacks import Callback
 from .checkpoint import RunDir, check_step
 from .core import UserError, messages, say
@@ -68,7 +68,7 @@ def _write(self: LastBreath,
         for put, state in generators: put(state)
     tensors, state = t.snapshot()
     if step == t.step: state |= dict(loader=loader, consumed_samples=loader["consumed"])
-    folder = write_breath(self.run, self.life, tensors, state, self.sizes, self.why)
+    folder = write_breath(self.run, self.life, tensors, state, self.sizes, self.why, t.row if t.row.get("step") == t.step else None)
     if getattr(t, "mesh", None) is None or t.mesh.main: say(f"last breath: step {t.step} is kept in {folder.parent}")
 
 LastBreath.save, LastBreath.write = _save, _write
@@ -118,7 +118,7 @@ class Recovery(Callback):
     def after_step(self, t):
         if not self.last or not self.begin or t.step <= self.last[0]: return
         (step, then), self.last = self.last, None
-        row = dict(event="recovered", step=t.step, time=round(time.time(), 3), seconds=round(time.time() - then, 1), again=step - self.begin)
+        row = dict(event="recovered", step=t.step, time=round(time.time(), 3), seconds=round(time.time() - then, 1), again=max(0, step - self.begin))
         self.run.log(row)
         say(f"recovered {row['seconds']:.1f} s after the interruption the run is at step {t.step}; {row['again']} steps were done again")
 

@@ -14,7 +14,7 @@ from .callbacks import Checkpointer, Guards, StopOnSignal, Validation, usual
 from .checkpoint import RunDir, read_tensors
 from .config import ModelConfig, ParallelConfig, RunConfig
 from .core import UserError, messages, pick_device, pick_dtype, rank_info
-from .endings import quit_together, watch
+from .endings import first_to_end, is_lost, quit_together, watch
 from .engine import Engine, build_stages, refuse
 from .guarding import GuardConfig
 from .hf_format import load_model
@@ -138,4 +138,8 @@ def end(
     if isinstance(error, OSError) and error.errno == errno.ENOSPC: error = UserError("disk_full", path=error.filename or "a file")
     if isinstance(error, UserError): quit_together("" if error.key == "others_ended" else str(error), 2, patience=3. if error.key == "missing_ranks" else 20.)
     if isinstance(error, KeyboardInterrupt): quit_together("stopped", 130)
+    if is_lost(error): quit_together(str(UserError("peer_lost")) if first_to_end() in (None, rank_info().rank) else "", 1) # whoever began has told it
     quit_together(code=1, error=error)
+
+messages(peer_lost=("Another process was killed or no longer answers. All end; torchrun --max-restarts starts them again from the newest step.",
+                    "另一个进程被终止或不再响应。所有进程将结束；torchrun --max-restarts 会从最新的检查点重新启动。"))
