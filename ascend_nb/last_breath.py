@@ -105,24 +105,24 @@ messages(hung=("Step {step} was not done within step_timeout={seconds} s: a proc
 
 # %% ../nbs/42d_last_breath.ipynb #aa97a481
 class Recovery(Callback):
-    "An `end` event in `metrics.jsonl` at a proper end; after an interruption a `recovered` event, and a line."
+    "A line `end` in `metrics.jsonl` at a proper end; after an interruption a line `recovered` there, and one for people."
     order = 98
     def __init__(self,
         run: RunDir # as its last attempt has left it
     ):
         rows = run.rows()
         self.run = run
-        self.last = None if not rows or rows[-1].get("event") == "end" else (max(r.get("step", 0) for r in rows), rows[-1].get("time"))
+        self.last = None if not rows or rows[-1].get("what") == "end" else (max(r.get("step", 0) for r in rows), rows[-1].get("time"))
 
     def before_fit(self, t): self.begin = t.step
     def after_step(self, t):
         if not self.last or not self.begin or t.step <= self.last[0]: return
         (step, then), self.last = self.last, None
-        row = dict(event="recovered", step=t.step, time=round(time.time(), 3), seconds=round(time.time() - then, 1), again=max(0, step - self.begin))
+        row = dict(what="recovered", step=t.step, time=round(time.time(), 3), seconds=round(time.time() - then, 1), again=max(0, step - self.begin))
         self.run.log(row)
         say(f"recovered {row['seconds']:.1f} s after the interruption the run is at step {t.step}; {row['again']} steps were done again")
 
-    def after_fit(self, t): self.run.log(dict(event="end", step=t.step, time=round(time.time(), 3), stopped=t.stopped))
+    def after_fit(self, t): self.run.log(dict(what="end", step=t.step, time=round(time.time(), 3), stopped=t.stopped))
 
 def lifelines(
     guard: GuardConfig, # last_breath, step_timeout
