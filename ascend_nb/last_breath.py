@@ -53,7 +53,8 @@ def _save(self: LastBreath) -> None:
         self.done, t = True, self.t
         if not t.gate.lock.acquire(timeout=60): return say(f"last breath: the update of step {t.step + 1} does not end")
         try:
-            if t.gate.torn: say(f"last breath: the update of step {t.step + 1} was cut off, its weights are neither old nor new and are not kept")
+            if t.spoiled: say(f"last breath: nothing is kept, {t.spoiled}")
+            elif t.gate.torn: say(f"last breath: the update of step {t.step + 1} was cut off, its weights are neither old nor new and are not kept")
             elif t.step > self.begin and check_step(self.run.step_path(t.step), contents=False): self.write(t)
         except Exception as e: say(f"last breath: step {t.step} could not be kept: {e}")
         finally:
