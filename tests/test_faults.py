@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 from conftest import ROOT
@@ -17,13 +18,13 @@ from ascend_nb.guarding import GuardConfig
 from ascend_nb.schema import dump_yaml
 
 STEPS, EVERY = 12, 5
-FAULTS = {  # name -> (kind, step, event, what the guard needs)
-    "kill": ("kill", 8, "before_step", {}),
-    "killed before the update": ("kill", 8, "before_update", {}),
-    "hang": ("hang", 8, "before_step", dict(step_timeout=4)),
-    "error": ("error", 8, "before_update", {}),
-    "SIGTERM": ("term", 8, "before_step", {}),
-    "truncated checkpoint": ("cut", 10, "after_step", {}),
+FAULTS = {  # name -> (faults in rank {r}, what the guard needs, steps done again: {processes: number}; None: it ended properly)
+    "kill": ("kill:rank={r},step=8", {}, {1: 7 - 5, 4: 0}),
+    "hang": ("hang:rank={r},step=8", dict(step_timeout=4), {1: 0, 4: 0}),
+    "error": ("error:rank={r},step=8", {}, {1: 0, 4: 0}),
+    "SIGTERM": ("term:rank={r},step=8", {}, None),
+    "disk full": ("disk_full:rank={r},step=10", {}, {1: 10 - 5, 4: 0}),
+    "truncated checkpoint": ("truncate_ckpt:step=10; kill:rank={r},step=11", {}, {1: 10 - 5, 4: 0}),
 }
 
 
@@ -43,13 +44,13 @@ def make(samples, tmp_path_factory):
 class Run:
     "What torchrun left of a training."
     def __init__(self, cfg, n, fault="", restarts=1, timeout=240):
-        run = RunDir(cfg.train.save)
+        run, cfg = RunDir(cfg.train.save), replace(cfg, guard=replace(cfg.guard, inject=fault))
         run.path.mkdir(parents=True, exist_ok=True)
         (run.path.with_suffix(".yaml")).write_text(dump_yaml(cfg))
         mark = f"ASCEND_NB_TEST_WORLD={os.getpid()}-{time.monotonic_ns()}"
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ASCEND_NB_LANG": "en", "FAULT": fault or "none:0:0:before_step", "MARK": str(run.path.with_suffix(".mark")), **dict([mark.split("=")])}
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ASCEND_NB_LANG": "en", **dict([mark.split("=")])}
         job = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n), "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--max-restarts", str(restarts),
-                                str(ROOT / "tests" / "fault_worker.py"), "train", "--config", str(run.path.with_suffix(".yaml")), "--json"], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+                                "-m", "ascend_nb.cli", "train", "--config", str(run.path.with_suffix(".yaml")), "--json"], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
         try: self.out, self.err = job.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
             os.killpg(job.pid, signal.SIGKILL)
@@ -97,19 +98,18 @@ CASES = [pytest.param(name, grid, marks=() if (name, n) == ("error", 1) else pyt
 @pytest.mark.parametrize(("name", "grid"), CASES)
 def test_the_run_ends_as_if_nothing_had_happened(make, whole, name, grid):
     n, parallel, guard = GRIDS[grid]
-    kind, step, event, more = FAULTS[name]
+    faults, more, again = FAULTS[name]
     calm = whole(grid, n, parallel, guard)
-    run = Run(make(f"{name} {grid}", parallel, {**guard, **more}), n, f"{kind}:{n - 1}:{step}:{event}")
-    alone = n == 1 and kind in ("kill", "cut")  # nobody is left to write
-    run.well(calm, None if kind == "term" else {"kill": 7 - 5, "cut": 10 - 5}[kind] if alone else 0)
-    if kind == "term": assert "Stopped by SIGTERM and saved at step 8" in run.err
+    run = Run(make(f"{name} {grid}", parallel, {**guard, **more}), n, faults.format(r=n - 1))
+    run.well(calm, again and again[n])
+    if again is None: assert "Stopped by SIGTERM and saved at step 8" in run.err
 
 
 @pytest.mark.slow
 def test_without_copies_the_checkpoint_interval_is_lost_and_said(make, whole):
     parallel = dict(tensor_model_parallel_size=2)
     calm = whole("no copies", 4, parallel, {})
-    run = Run(make("no copies kill", parallel), 4, "kill:1:8:before_step").well(calm, 7 - 5)
+    run = Run(make("no copies kill", parallel), 4, "kill:rank=1,step=8").well(calm, 7 - 5)
     assert re.search(r"step_0000007\.\w+ is left out: 25% of the numbers were in rank 1 alone, .*replicate_optimizer keeps everything twice", run.err), run.err[-3000:]
 
 
@@ -119,5 +119,5 @@ def test_every_shard_lives_twice(make, whole, stage):
     "Four data parallel processes: without ZeRO each has everything; with it two groups of two do."
     parallel, guard = dict(zero_stage=stage), dict(replicate_optimizer=True)
     calm = Run(make(f"dp4 {stage}", parallel, guard, micro_batch_size=1), 4)
-    run = Run(make(f"dp4 {stage} kill", parallel, guard, micro_batch_size=1), 4, "kill:2:8:before_step").well(calm, 0)
+    run = Run(make(f"dp4 {stage} kill", parallel, guard, micro_batch_size=1), 4, "kill:rank=2,step=8").well(calm, 0)
     assert "step 7 is put together from what 3 of 4 processes wrote" in run.err
