@@ -10,7 +10,7 @@ import hashlib, json
 from dataclasses import fields, replace
 from pathlib import Path
 from . import __version__
-from .config import DataConfig, PreprocessConfig, RowsConfig
+from .config import DATA_OF, DataConfig, PreprocessConfig, RowsConfig, stages_of
 from .core import UserError, atomic_file, messages, phrase, rank_info, say
 from .indexed import pairs_like
 from .mixtures import open_source
@@ -48,7 +48,7 @@ def _plan(path, data, stage, tokenizer_path):
     "(PreprocessConfig, key, prefixes of the pairs, what training is given) of one raw entry."
     if not tokenizer_path: raise UserError("raw_no_tokenizer", path=path)
     source = open_source(data, path, BadRows("skip"))
-    if (right := _STAGE[source.kind]) != stage: raise UserError("raw_stage", path=path, kind=source.kind, why=source.reason, right=right, stage=stage)
+    if (right := _STAGE[source.kind]) != DATA_OF.get(stage, stage): raise UserError("raw_stage", path=path, kind=source.kind, why=source.reason, right=stages_of(right), stage=stage)
     if source.kind == "text" and len(data.json_keys) > 1: raise UserError("raw_keys", keys=", ".join(data.json_keys), path=path)
     knobs = {f.name: getattr(data, f.name) for f in fields(RowsConfig)}
     more = [hashlib.sha256(Path(p).read_bytes()).hexdigest() for p in (data.prompt_type_path, data.hf_datasets_params) if p]

@@ -30,8 +30,12 @@ class LoraConfig:
 class TuneConfig(LoraConfig):
     "What learns, and from what."
     dpo_loss_type: str = knob("sigmoid", choices=("sigmoid", "hinge", "ipo"), advanced=True) # stage dpo: which loss
-    dpo_beta: float | None = knob(None, advanced=True) # how much a reward's difference counts; none: 0.1 for dpo and orpo, 2 for simpo
-    dpo_label_smoothing: float = knob(0.0, low=0, high=0.499, advanced=True) # share of pairs that may be the wrong way round
-    gamma_beta_ratio: float = knob(0.5, low=0, advanced=True) # stage simpo: how much better the better answer shall be, over beta
-    pref_ftx: float = knob(0.0, low=0, advanced=True) # adds this times the better answer's own loss
-    ref_model: str = knob("", advanced=True) # folder of the reference model; empty: the model as it is before training
+    dpo_beta: float = knob(0.1, low=0, advanced=True) # stage dpo: how much a reward's difference counts
+    dpo_label_smoothing: float = knob(0.0, low=0, high=0.499, advanced=True) # stage dpo, loss sigmoid: share of pairs that may be the wrong way round
+    ref_model: str = knob("", advanced=True) # stage dpo: folder of the reference model; empty: the model as it is before training
+    simpo_loss_type: str = knob("sigmoid", choices=("sigmoid", "hinge", "ipo"), advanced=True) # stage simpo: which loss
+    simpo_beta: float = knob(2.5, low=0, advanced=True) # stage simpo: how much a difference of log-probabilities per token counts; ModelLink's default
+    gamma_beta_ratio: float = knob(1.4, low=0, advanced=True) # stage simpo: by how much the better answer shall be likelier per token; ModelLink's default
+    simpo_label_smoothing: float = knob(0.0, low=0, high=0.499, advanced=True) # stage simpo, loss sigmoid: share of pairs that may be the wrong way round
+    orpo_beta: float = knob(0.1, low=0, advanced=True) # stage orpo: weight of the odds ratio; the paper's lambda
+    pref_ftx: float = knob(0.0, low=0, advanced=True) # stages dpo and simpo: adds this times the better answer's own loss per token
