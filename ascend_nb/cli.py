@@ -21,7 +21,8 @@ class Command(NamedTuple):
     run: str = "run" # the function's name
     words: str = "" # module:function that turns other people's flags into ours before they are read
 
-GROUPS = {"data": ("look at data: what it is, what the model sees, how long it is", "查看数据：是什么、模型看到什么、有多长")}
+GROUPS = {"data": ("look at data: what it is, what the model sees, how long it is", "查看数据：是什么、模型看到什么、有多长"),
+          "jobs": ("trainings that outlive the terminal: launch, list, show, wait, stop, resume", "不随终端结束的训练任务：启动、列出、查看、等待、停止、继续")}
 
 COMMANDS = {
     "quickstart": Command("quickstart", "QuickstartConfig", "the whole life of a small model on this machine, in minutes", "几分钟内在本机走完一个小模型的一生"),
@@ -32,6 +33,12 @@ COMMANDS = {
     "data show": Command("inspect_data", "ShowConfig", "a sample as the model sees it, coloured by what is learned", "按是否学习着色显示模型看到的样本", "run_show"),
     "data report": Command("inspect_data", "ReportConfig", "tokens, lengths and packing of what preprocessing wrote", "预处理结果的词元数、长度与打包情况", "run_report"),
     "train": Command("training", "RunConfig", "pretrain or fine-tune, from a YAML file or flags", "预训练或全参微调，配置来自 YAML 或命令行", words="scripts:train_words"),
+    "jobs launch": Command("job_commands", "LaunchConfig", "start a training that outlives the terminal; takes every flag of train", "启动不随终端结束的训练；接受 train 的全部参数", "run_launch", "scripts:train_words"),
+    "jobs list": Command("job_commands", "JobConfig", "all jobs below a folder: state, steps, loss, speed", "列出目录下的全部任务：状态、步数、损失、速度", "run_list"),
+    "jobs show": Command("job_commands", "JobConfig", "a job and the last lines that it printed", "查看任务及其最后的输出", "run_show"),
+    "jobs wait": Command("job_commands", "JobConfig", "wait for the end of a job", "等待任务结束", "run_wait"),
+    "jobs stop": Command("job_commands", "JobConfig", "save and stop; asked twice, end its processes", "保存并停止；再次执行则结束其进程", "run_stop"),
+    "jobs resume": Command("job_commands", "JobConfig", "go on from the newest whole step", "从最新的完整检查点继续", "run_resume"),
     "import-script": Command("scripts", "ImportScriptConfig", "a launch script of ModelLink's as YAML for the command that does the same here", "把 ModelLink 启动脚本转换为本工具对应命令的 YAML"),
     "convert": Command("convert", "ModelLinkConvertConfig", "weights between Hugging Face, Megatron legacy and core, cut for any parallel sizes", "在 Hugging Face、Megatron legacy 与 core 之间转换权重，支持任意并行切分"),
     "generate": Command("generate", "GenerateConfig", "continue a text, streaming", "流式续写文本"),

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['DATA_OF', 'RowsConfig', 'PreprocessConfig', 'DataConfig', 'MemoryConfig', 'ParallelConfig', 'layer_numbers',
-           'OptimizerConfig', 'stages_of', 'TrainConfig', 'RunConfig', 'SampleConfig', 'GenerateConfig', 'ChatConfig',
-           'EvalConfig', 'SniffConfig', 'ShowConfig', 'ReportConfig', 'FetchConfig', 'DoctorConfig', 'QuickstartConfig',
-           'ConvertConfig', 'ModelLinkConvertConfig', 'ImportScriptConfig']
+           'OptimizerConfig', 'stages_of', 'TrainConfig', 'RunConfig', 'LaunchConfig', 'JobConfig', 'SampleConfig',
+           'GenerateConfig', 'ChatConfig', 'EvalConfig', 'SniffConfig', 'ShowConfig', 'ReportConfig', 'FetchConfig',
+           'DoctorConfig', 'QuickstartConfig', 'ConvertConfig', 'ModelLinkConvertConfig', 'ImportScriptConfig']
 
 # %% ../nbs/03_config.ipynb #0884ff70
 from dataclasses import dataclass, field
@@ -216,6 +216,24 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     tune: TuneConfig = field(default_factory=TuneConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
+
+# %% ../nbs/03_config.ipynb #23a940a4
+@dataclass
+class LaunchConfig(RunConfig):
+    "A training that outlives the terminal: everything of `train`, and where it runs."
+    nproc: int = knob(1, low=1) # processes on this host: one for each card
+    nnodes: int = knob(1, low=1, advanced=True) # hosts; what the others are to start is printed
+    node_rank: int = knob(0, low=0, advanced=True) # number of this host
+    master: str = knob("", advanced=True) # HOST:PORT of the first host
+    cards: list[str] = knob([], advanced=True) # numbers of the NPUs; empty: the first nproc
+    max_restarts: int = knob(0, low=0, advanced=True) # times that all processes start again after one has failed, each from the newest whole step
+
+@dataclass
+class JobConfig:
+    "A job, or all jobs below a folder."
+    run: str = knob("runs", positional=True) # run folder; for `jobs list` a folder with run folders
+    lines: int = knob(20, low=1) # last lines shown
+    timeout: float | None = knob(None, low=0) # wait: seconds at most; none: as long as it takes
 
 # %% ../nbs/03_config.ipynb #f24c6ff2
 @dataclass

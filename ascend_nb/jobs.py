@@ -14,7 +14,7 @@ from .config import RunConfig
 from .core import UserError, human_time, messages, phrase
 from .doctor import _smi, parse_smi
 from .keeper import ENDED, JOB, LOG, STARTED, STOP, end_family, living, port_holder, read_json, start_keeper, write_json
-from .schema import load_yaml, save_yaml
+from .schema import load_yaml, save_yaml, to_args
 
 # %% ../nbs/45a_jobs.ipynb #9a8ad4c2
 def torchrun(
@@ -206,9 +206,11 @@ def _wait(self: Job,
     return self.state
 
 def _commands(self: Job) -> dict: # number of the host -> what to type there
-    "The same job on the other hosts. Where storage is not shared, copy the run's job/run.yaml there and set data.no_shared_storage."
+    "The same job on the other hosts; with `data.no_shared_storage` nothing on this host's disk is needed for it."
     s = self.spec["start"]
-    tail = shlex.join(self.spec["command"][self.spec["command"].index("--max-restarts") + 2:])
+    words = self.spec["command"][self.spec["command"].index("--max-restarts") + 2:]
+    cfg = load_yaml(RunConfig, self.folder / "run.yaml")
+    tail = shlex.join(words[:words.index("--config")] + to_args(cfg) if cfg.data.no_shared_storage else words) # a host that does not see this folder is given every flag
     keep = {k: v for k, v in s.items() if k not in ("cards", "node_rank")}
     return {r: f"cd {shlex.quote(self.spec['cwd'])} && {shlex.join(['python', *torchrun(node_rank=r, **keep)[1:]])} {tail}" for r in range(s["nnodes"]) if r != s["node_rank"]}
 

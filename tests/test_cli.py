@@ -37,7 +37,7 @@ def test_overview_names_every_command():
     from ascend_nb.cli import COMMANDS
     out = ascend("--help")
     assert out.returncode == 0 and all(c.split()[0] in out.stdout for c in COMMANDS)
-    assert out.stdout.count("\n  data ") == 1, "a group is one line"
+    assert out.stdout.count("\n  data ") == out.stdout.count("\n  jobs ") == 1, "a group is one line"
 
 
 @pytest.mark.parametrize("args", [["data"], ["data", "--help"], ["data", "-h"], ["data", "help"]])
@@ -48,7 +48,8 @@ def test_a_group_lists_its_commands(args):
     assert "train" not in out.stdout.split("\n\n")[1]
 
 
-COMMAND_NAMES = ["quickstart", "doctor", "fetch", "preprocess", "data sniff", "data show", "data report", "train", "import-script", "convert", "generate", "chat", "evaluate"]
+COMMAND_NAMES = ["quickstart", "doctor", "fetch", "preprocess", "data sniff", "data show", "data report", "train",
+                 "jobs launch", "jobs list", "jobs show", "jobs wait", "jobs stop", "jobs resume", "import-script", "convert", "generate", "chat", "evaluate"]
 
 
 @pytest.mark.parametrize("name", COMMAND_NAMES)
@@ -86,6 +87,10 @@ def test_two_words_take_the_same_switches(tmp_path):
     (["data", "sniff", "no_such.json"], "no_such.json"),
     (["data", "report", "no_such"], "no_such"),
     (["train", "--train-itres", "3"], "Did you mean --train-iters"),
+    (["jobs", "lanch"], "Did you mean jobs launch"),
+    (["jobs", "launch", "--nprocs", "3"], "Did you mean --nproc"),
+    (["jobs", "stop", "no_such"], "expected a run folder that `jobs.launch` has made"),
+    (["jobs", "resume", "no_such"], "expected a run folder that `jobs.launch` has made"),
     (["train", "--lr", "fast"], "expected a float"),
     (["train", "--config", "no_such.yaml"], "no_such.yaml"),
     (["generate", "--prompt", "Once"], "Pass --model"),
