@@ -9,12 +9,13 @@ __all__ = ['BlendedDataset', 'parse_blend', 'open_reader', 'build_datasets', 'co
 import math, re
 import numpy as np
 from fastcore.basics import patch
-from .config import DATA_OF, DataConfig, stages_of
+from .config import DataConfig
 from .core import Progress, UserError, messages, one_of
 from .datasets import GPTDataset, Loader, Marks, Sample, check_ids, collate_gpt, collate_sft
 from .indexed import IndexedReader, pairs_like
 from .instruct_sets import PackedDataset, PairDataset, SFTDataset, collate_pairs
 from .sample_index import SPLITS, blend_step, split_bounds
+from .tuning import DATA_OF, stages_of
 _all_ = ["Loader"]
 
 # %% ../nbs/13b_blends.ipynb #41b23568

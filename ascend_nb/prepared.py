@@ -10,7 +10,7 @@ import hashlib, json
 from dataclasses import fields, replace
 from pathlib import Path
 from . import __version__
-from .config import DATA_OF, DataConfig, PreprocessConfig, RowsConfig, stages_of
+from .config import DataConfig, PreprocessConfig, RowsConfig
 from .core import UserError, atomic_file, messages, phrase, rank_info, say
 from .indexed import pairs_like
 from .mixtures import open_source
@@ -18,6 +18,7 @@ from .preprocess import describe, output_prefixes, run
 from .rows import BadRows
 from .sample_index import SPLITS, once
 from .tokenizers import load_tokenizer
+from .tuning import DATA_OF, stages_of
 
 # %% ../nbs/14b_prepared.ipynb #51b042c8
 def is_raw(

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import NamedTuple
 from .blends import collate_for
 from .checkpoint import RunDir
-from .config import DATA_OF, ModelConfig, RunConfig, TrainConfig
+from .config import ModelConfig, RunConfig, TrainConfig
 from .core import UserError, messages, phrase
 from .dcp_format import model_folder
 from .families import check_vocab, config_from_hf
@@ -24,6 +24,7 @@ from .reference import Reference, folder_digest, told, with_numbers
 from .reward import RewardModel, check_reward, reward_model, save_reward
 from .schema import to_dict
 from .spread import build_engine
+from .tuning import DATA_OF
 
 # %% ../nbs/42b_stages.ipynb #8595d517
 _SIMPO = dict(sigmoid="simpo", hinge="simpo-hinge", ipo="simpo-ipo") # simpo_loss_type -> a key of LOSSES

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from .blends import Loader, build_datasets
 from .checkpoint import RunDir
-from .config import DATA_OF, ModelConfig, RunConfig
+from .config import ModelConfig, RunConfig
 from .core import UserError, check_space, make_deterministic, messages, rank_info, say, seed_all
 from .convert import as_model
 from .dcp_format import is_step, model_folder, open_step
@@ -28,6 +28,7 @@ from .stages import STAGES, ask_reference, check_stage, idle_knobs, reference_of
 from .reference import Reference
 from .reward import pad_of
 from .tokenizers import load_tokenizer
+from .tuning import DATA_OF
 
 # %% ../nbs/43_training.ipynb #e35baefa
 def _shape(cfg: RunConfig, tokenizer) -> ModelConfig:
@@ -203,6 +204,7 @@ def _fit(job: Job) -> None:
         if job.mesh.main: job.reference.keep()
     job.trainer.fit()
 
+# %% ../nbs/43_training.ipynb #4c013e91
 def export(
     job: Job # whose training is done
 ) -> Path: # RUN/hf
