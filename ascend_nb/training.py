@@ -10,12 +10,16 @@ __all__ = ['FREE', 'resolve', 'loaders', 'changed', 'find_resume', 'weights', 'J
 import json as jsonlib, signal
 from dataclasses import dataclass, replace
 from pathlib import Path
+from .adapter_files import save_adapter
+from .adapter_runs import Plan, adapter_run, check_base, fits, idle_tuning, open_tuned, plan_adapter, rates, tuned_model, write_base
+from .adapters import merge_adapter
 from .blends import Loader, build_datasets
 from .checkpoint import RunDir
 from .config import ModelConfig, RunConfig
 from .core import UserError, check_space, make_deterministic, messages, rank_info, say, seed_all
 from .convert import as_model
 from .dcp_format import is_step, model_folder, open_step
+from .faults import inject
 from .families import check_length, check_vocab, config_from_hf, config_to_hf
 from .hf_format import load_model
 from .mesh import Mesh, Sizes
@@ -139,6 +143,7 @@ def weights(
 ) -> Decoder: # fp32
     "The model that a run begins with."
     if not is_step(load) or (Path(load) / "config.json").is_file(): return load_model(load)
+    if adapter_run(load): return tuned_model(load)
     return as_model(open_step(load, config_from_hf(model_folder(load))))
 
 # %% ../nbs/43_training.ipynb #7114e793
@@ -151,6 +156,7 @@ class Job:
     tokenizer: object # or None
     begin: int | None # the step it goes on from
     mesh: Mesh # this process in the grid
+    plan: Plan | None = None # of the adapter that learns; None: all weights do
     reference: Reference | None = None # what the reference model says of the data; none: the stage needs none
 
 def build(
@@ -160,19 +166,23 @@ def build(
     "Build a run. Raises UserError for whatever is wrong with it; writes nothing."
     if cfg.train.deterministic: make_deterministic() # before anything makes a process group
     cfg, tokenizer = resolve(cfg)
-    t, run = cfg.train, RunDir(cfg.train.save)
+    t, run, plan = cfg.train, RunDir(cfg.train.save), plan_adapter(cfg)
     mesh = fit_grid(cfg)
+    fits(plan, cfg, mesh.sizes.pp * mesh.sizes.vpp)
+    watchers = inject(cfg.guard.inject, run, mesh.sizes.world, t.train_iters)
     data = loaders(cfg, tokenizer, mesh)
     begin = mesh.share(lambda: find_resume(run, cfg))
-    check_space(run.path, 16 * cfg.model.num_params()) # weights, two moments, the finished model
-    seed_all(t.seed)
+    if plan and begin is not None: mesh.share(lambda: check_base(run.path, t.load))
+    check_space(run.path, 12 * (plan.size if plan else cfg.model.num_params()) + 4 * cfg.model.num_params()) # what learns and its two moments, the finished model
+    seed_all(t.seed + (mesh.data if plan else 0)) # what adapters draw differs from sample to sample
     stage = STAGES[t.stage]
-    loss, engine = stage.loss(cfg.tune), build_engine(cfg, mesh, stage.load(weights, t.seed), stage.make)
-    trainer = ParallelTrainer(engine, t, data["train"], loss, [*crew(run, tokenizer, mesh), *callbacks, *([loss] if hasattr(loss, "after_update") else [])], data.get("valid"))
+    loss, engine = stage.loss(cfg.tune), build_engine(cfg, mesh, stage.load(weights, t.seed), stage.make, plan)
+    watchers += [loss] if hasattr(loss, "after_update") else []
+    trainer = ParallelTrainer(engine, t, data["train"], loss, [*crew(run, tokenizer, mesh), *watchers, *callbacks], data.get("valid"), rates(cfg.tune))
     reference = reference_of(cfg, data, mesh, run, trainer.dtype_choice.value)
     if reference and not reference.find(fresh=begin is None) and begin is not None: ask_reference(reference, cfg, trainer, weights) # while the model is what it was
     if begin is not None: trainer.restore(run, begin, checked=True)
-    return Job(cfg, run, trainer, tokenizer, begin, mesh, reference)
+    return Job(cfg, run, trainer, tokenizer, begin, mesh, plan, reference)
 
 # %% ../nbs/43_training.ipynb #35e545ca
 def describe(
@@ -185,8 +195,9 @@ def describe(
     most, what = "" if kind == "pretrain" else "at most ", "pairs of answers" if kind == "pair" else "samples"
     return [f"device    {tr.device_choice}", f"dtype     {tr.dtype_choice}",
             f"model     {m.model_type}, {m.num_params():,} parameters, {'from ' + t.load if t.load else f'new weights, seed {t.seed}'}",
+            *([f"adapter   {job.plan}"] if job.plan else []),
             f"data      {' '.join(d.data_path or d.train_data_path)}: {samples:,} {what} of {most}{d.seq_length} tokens",
-            *([f"grid      {job.mesh.sizes}"] if job.mesh.sizes.world > 1 else []), *(f"note      {x}" for x in idle(job.cfg.parallel, m, job.mesh) + idle_knobs(job.cfg)),
+            *([f"grid      {job.mesh.sizes}"] if job.mesh.sizes.world > 1 else []), *(f"note      {x}" for x in (*idle(job.cfg.parallel, m, job.mesh), *idle_tuning(job.cfg.tune), *idle_knobs(job.cfg))),
             f"step      {t.micro_batch_size} samples x {tr.accumulation} micro-batches{f' x {dp} data parallel' if dp > 1 else ''} = {t.micro_batch_size * tr.accumulation * dp}",
             f"length    {t.train_iters} steps, {seen:,} {what}, {most.replace('at most', 'up to')}{seen * d.seq_length * (1 + (kind == 'pair')):,} tokens; lr {t.lr:g}, {t.lr_decay_style}",
             f"run       {job.run.path}" + (f", going on from step {job.begin}" if job.begin else "")]
@@ -204,16 +215,25 @@ def _fit(job: Job) -> None:
         if job.mesh.main: job.reference.keep()
     job.trainer.fit()
 
-# %% ../nbs/43_training.ipynb #4c013e91
+# %% ../nbs/43_training.ipynb #dba8f89a
 def export(
     job: Job # whose training is done
 ) -> Path: # RUN/hf
-    "Write the model as a folder that transformers opens."
+    "Write the model as a folder that transformers opens; of an adapter PEFT's folder too, and the model with it merged. What was trained in one process is merged in place."
     base = jsonlib.loads((model_folder(job.cfg.train.load) / "config.json").read_text(encoding="utf-8")) if job.cfg.train.load else None
-    stage = STAGES[job.cfg.train.stage]
-    model = job.trainer.model if job.mesh.sizes.world == 1 else whole_model(job.run, job.trainer.step, job.cfg.model, stage.make)
+    alone, step, stage = job.mesh.sizes.world == 1, job.trainer.step, STAGES[job.cfg.train.stage]
+    model = job.trainer.model if alone else open_tuned(job.run.step_path(step)) if job.plan else whole_model(job.run, step, job.cfg.model, stage.make)
+    if job.plan: _export_adapter(job, model)
     return stage.save(model, job.run.hf_path, job.tokenizer, base)
 
+def _export_adapter(job, model): # RUN/adapter; afterwards it is in the model's matrices
+    try: say(f"adapter   {save_adapter(model, job.run.path / 'adapter', base=job.cfg.train.load, replace=True)}")
+    except UserError as e:
+        if e.key != "adapter_stack": raise
+        say(e)
+    say(f"merged    {merge_adapter(model, keep=False)}")
+
+# %% ../nbs/43_training.ipynb #4198805a
 def result(
     job: Job, # trained
     hf: Path | None # the exported folder
@@ -238,7 +258,7 @@ def run(
     end(None)
     return out
 
-# %% ../nbs/43_training.ipynb #4198805a
+# %% ../nbs/43_training.ipynb #d5bd1e00
 def _run(cfg, json):
     job = build(cfg)
     if not job.mesh.main: return _help(job)
@@ -246,6 +266,7 @@ def _run(cfg, json):
     with job.run.lock():
         job.run.sweep()
         save_yaml(job.cfg, job.run.config_path)
+        if job.plan: write_base(job.run.path, job.plan, job.cfg.train.load)
         done = job.begin is not None and job.trainer.step >= cfg.train.train_iters
         if done: say(f"The run is finished already: step {job.trainer.step} of {cfg.train.train_iters}.")
         else: _fit(job)
