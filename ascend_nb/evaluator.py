@@ -7,7 +7,7 @@ __all__ = ['METRICS', 'TOGETHER', 'WRITTEN', 'choose', 'score_items', 'write_ite
            'save_result', 'run']
 
 # %% ../nbs/53_evaluator.ipynb #4a8e239f
-import hashlib, json as jsonlib, math, time
+import hashlib, json as jsonlib, math, os, time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -199,24 +199,26 @@ class Log:
         about: dict, # the model, the questions, how they are asked: what must be the same to go on
         mesh=None # of this process, from `meet`
     ):
-        self.path, self.samples = path and Path(path), []
-        head = jsonlib.dumps(about, sort_keys=True, default=str)
-        if self.path and rank_info().is_main: self._read(head)
+        self.path, self.samples, self.head = path and Path(path), [], jsonlib.dumps(about, sort_keys=True, default=str)
+        self.begun = bool(self.path) and rank_info().is_main and self._read()
         self.n = mesh.share(lambda: len(self.samples)) if mesh else len(self.samples) # the same in all processes
-        if self.path and self.n: say(phrase("eval_goes_on", n=self.n, path=self.path))
+        if self.n: say(phrase("eval_goes_on", n=self.n, path=self.path))
 
-    def _read(self, head):
-        old = self.path.read_bytes().split(b"\n")[:-1] if self.path.is_file() else []
-        if old and old[0].decode("utf-8", "replace") == head: self.samples = [jsonlib.loads(x) for x in old[1:]]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(self.path) as f: f.write("".join(x.decode() + "\n" for x in [head.encode(), *old[1:]][:1 + len(self.samples)]))
+    def _read(self): # is there a log of the same questions? Whole lines of it stay
+        lines = self.path.read_bytes().decode("utf-8", "replace").split("\n")[:-1] if self.path.is_file() else []
+        if lines[:1] != [self.head]: return False
+        self.samples = [jsonlib.loads(x) for x in lines[1:]]
+        with atomic_file(self.path) as f: f.write("".join(x + "\n" for x in lines))
+        return True
 
     def add(self,
         samples: list # of the next group
     ) -> None:
         "Append, and see that it is on the disk."
-        import os
         if not self.path or not rank_info().is_main: return
+        if not self.begun:
+            with atomic_file(self.path) as f: f.write(self.head + "\n")
+            self.begun = True
         with open(self.path, "a", encoding="utf-8") as f:
             f.write("".join(jsonlib.dumps(s, ensure_ascii=False) + "\n" for s in samples))
             f.flush(); os.fsync(f.fileno())
@@ -279,13 +281,10 @@ def _together(results: dict) -> dict: # task -> result: one result for all, in t
     return {**out, "samples_files": {t: f"samples_{t}.jsonl" for t in results}}
 
 # %% ../nbs/53_evaluator.ipynb #e4fba864
-def _words(given) -> list: # "a,b" and ["a", "b"] are the same
-    return [w for part in ([given] if isinstance(given, str) else given) for w in str(part).split(",") if w]
-
 def _places(cfg: EvalConfig) -> dict: # task -> where its data is
-    names = list(dict.fromkeys(_words(cfg.task)))
-    tasks = [get_task(n, cfg.protocol, _words(cfg.defects)) for n in names]
-    paths = [cfg.data_path] if isinstance(cfg.data_path, (str, Path)) else list(cfg.data_path)
+    names = list(dict.fromkeys(cfg.task))
+    tasks = [get_task(n, cfg.protocol, cfg.defects) for n in names]
+    paths = cfg.data_path
     if len(paths) not in (1, len(tasks)): raise UserError("eval_paths", paths=len(paths), tasks=len(tasks), names=", ".join(names))
     places = {}
     for t, p in zip(tasks, paths * len(tasks) if len(paths) == 1 else paths):
@@ -313,9 +312,10 @@ def run(
     with crowd(): return _run(cfg, json)
 
 def _run(cfg, json):
-    models, world = _words(cfg.model), rank_info().world_size
+    models, world = cfg.model, rank_info().world_size
     if len(models) > 1 and world > 1: raise UserError("eval_models", n=len(models), world=world)
-    mesh = meet(replace(cfg, model=models[0]), copies=True)
+    one = replace(cfg); one.model = models[0] # a folder, as `meet` reads it
+    mesh = meet(one, copies=True)
     places = _places(cfg)
     if any(t.compare == "code" for t in places) and rank_info().is_main: say(phrase("eval_walls", walls=", ".join(f"{k}: {v}" for k, v in walls().items())))
     if cfg.output and Path(cfg.output).is_dir(): raise UserError("output_is_folder", path=cfg.output)
