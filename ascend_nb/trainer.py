@@ -43,12 +43,14 @@ messages(bad_warmup=("Found a warm-up of {warm:g} steps; expected less than lr_d
 # %% ../nbs/41_trainer.ipynb #256ae487
 def make_optimizer(
     weights: dict, # name -> what to update
-    cfg: TrainConfig # lr, weight_decay, adam_*
+    cfg: TrainConfig, # lr, weight_decay, adam_*
+    rates: dict | None = None # end of a name -> factor of its learning rate; none: the same for all
 ) -> torch.optim.Optimizer:
-    "AdamW in two groups: with decay, and (vectors and biases) without."
+    "AdamW in two groups: with decay, and (vectors and biases) without; in more where learning rates differ."
     plain = {n for n, w in weights.items() if w.dim() < 2 or n.endswith(".bias")}
-    groups = [dict(params=[w for n, w in weights.items() if n not in plain], weight_decay=cfg.weight_decay),
-              dict(params=[w for n, w in weights.items() if n in plain], weight_decay=0.)]
+    rate = {n: next((f for end, f in (rates or {}).items() if n.endswith(end)), 1.) for n in weights}
+    groups = [dict(params=[w for n, w in weights.items() if (n in plain, rate[n]) == (flat, f)], weight_decay=0. if flat else cfg.weight_decay, rate=f)
+              for f in dict.fromkeys(rate.values()) for flat in (False, True)]
     return make_adamw([g for g in groups if g["params"]], lr=cfg.lr, betas=(cfg.adam_beta1, cfg.adam_beta2), eps=cfg.adam_eps)
 
 # %% ../nbs/41_trainer.ipynb #928d2761
@@ -59,7 +61,8 @@ class Weights:
         cfg: TrainConfig, # for the optimizer and the loss scale
         device: torch.device, # where
         dtype: torch.dtype, # what the model computes in
-        offload: bool = False # keep fp32 copies and the optimizer in the host's memory
+        offload: bool = False, # keep fp32 copies and the optimizer in the host's memory
+        rates: dict | None = None # as for `make_optimizer`
     ):
         model.to(device)
         self.live, self.device = {n: p for n, p in model.named_parameters() if p.requires_grad}, device
@@ -69,7 +72,7 @@ class Weights:
         model.to(dtype)
         if self.copied:
             for n, p in self.live.items(): p.register_post_accumulate_grad_hook(partial(self._take, self.named[n]))
-        self.optimizer = make_optimizer(self.named, cfg)
+        self.optimizer = make_optimizer(self.named, cfg, rates)
         self.scaler = torch.amp.GradScaler(device.type, init_scale=cfg.initial_loss_scale, enabled=dtype == torch.float16)
         self.names = {w: n for n, w in self.named.items()}
 
@@ -101,14 +104,21 @@ def _update(self: Weights,
     lr: float # learning rate of this step
 ) -> bool: # False: an fp16 overflow, nothing was changed
     "One AdamW step, then forget the gradients."
-    for g in self.optimizer.param_groups: g["lr"] = lr
+    for g in self.optimizer.param_groups: g["lr"] = lr * g["rate"]
     before = self.scaler.get_scale() if self.scaler.is_enabled() else 0
     self.scaler.step(self.optimizer); self.scaler.update()
     self.optimizer.zero_grad(set_to_none=True)
     self.publish()
     return not self.scaler.is_enabled() or self.scaler.get_scale() >= before
 
-Weights.update = _update
+def _forget(self: Weights) -> bool: # False: nothing was changed
+    "Drop the gradients of a step that is done again, or left out."
+    self.optimizer.zero_grad(set_to_none=True)
+    for p in self.live.values(): p.grad = None
+    if self.scaler.is_enabled(): self.scaler.update(self.scaler.get_scale()) # it may have undone its scale already
+    return False
+
+Weights.update, Weights.forget = _update, _forget
 
 # %% ../nbs/41_trainer.ipynb #0aa44b2f
 class Callback:
@@ -116,8 +126,11 @@ class Callback:
     order = 50 # smaller is asked first
 
     def before_fit(self, t: "Trainer"): "Once, before the first step." # the trainer
+    def before_read(self, t: "Trainer"): "A step, or a step that is done again, begins: everything is as the last one left it." # the trainer
     def before_step(self, t: "Trainer"): "The step's micro-batches are read (`t.now`), nothing is computed." # the trainer
+    def after_backward(self, t: "Trainer"): "This process has its gradients; they are not yet those of all, nor clipped." # the trainer
     def before_update(self, t: "Trainer"): "Gradients are ready and clipped; the weights are still the old ones." # the trainer
+    def again(self, t: "Trainer", error: Exception) -> bool: "A step failed before it was counted. True: everything is as before it, do it again." # the trainer; what happened
     def after_update(self, t: "Trainer"): "The weights are new. What is put into `t.extra` gets into the next row." # the trainer
     def on_log(self, t: "Trainer"): "`t.row` is a row of metrics." # the trainer
     def after_step(self, t: "Trainer"): "The step is over." # the trainer
@@ -137,7 +150,9 @@ class Step:
     sums: list = field(default_factory=list) # each micro-batch's sum of losses, 0-d tensors on the device
     loss: Tensor | float = 0. # mean over the trained tokens; a tensor until `Trainer.read`
     grad_norm: Tensor | float = 0. # before clipping; a tensor until `Trainer.read`
-    updated: bool = True # False: an fp16 overflow
+    beside_s: float = 0. # in callbacks, before anything is computed
+    left_out: str = "" # why its gradients are dropped; empty: they are not. Set before the update
+    updated: bool = True # False: an fp16 overflow, or left out
     seconds: float = 0. # all of it
 
 # %% ../nbs/41_trainer.ipynb #861be152
@@ -159,20 +174,46 @@ class Loop:
     def one_step(self) -> None:
         "Read, forward and backward over the micro-batches, update, tell everyone."
         t0 = time.perf_counter()
-        self.now = now = self.read_batches()
-        self.call("before_step")
-        now.lr = lr_at(self.step - self.skipped, self.cfg)
-        now.sums = self.compute(now)
-        now.loss = self.together(now.sums) / now.targets
-        now.grad_norm = self.weights.clip(self.cfg.clip_grad)
-        self.window.append(now)
-        self.call("before_update")
-        now.updated = self.weights.update(now.lr)
-        self.step += 1; self.skipped += not now.updated
+        while not self.attempt(): pass
+        now = self.now
         now.seconds, now.batches = time.perf_counter() - t0, []
         self.call("after_update")
         if self.logs_at(self.step): self.log()
         self.call("after_step")
+
+    def attempt(self) -> bool: # False: to be done again
+        "All of a step that may be done again. Raises what went wrong where no callback has put everything back."
+        self.now = None
+        self.call("before_read")
+        try: self.gradients(); self.change()
+        except Exception as e:
+            if not any([getattr(c, "again", lambda *a: False)(self, e) for c in self.callbacks]): raise
+            if self.window and self.window[-1] is self.now: self.window.pop()
+            return False
+        return True
+
+# %% ../nbs/41_trainer.ipynb #445921d4
+def _gradients(self: Loop) -> None:
+    "Read, forward, backward, clip: the weights stay what they are."
+    self.now = now = self.read_batches()
+    t0 = time.perf_counter()
+    self.call("before_step")
+    now.beside_s, now.lr = time.perf_counter() - t0, lr_at(self.step - self.skipped, self.cfg)
+    now.sums = self.compute(now)
+    self.call("after_backward")
+    now.loss = self.together(now.sums) / now.targets
+    now.grad_norm = self.weights.clip(self.cfg.clip_grad)
+    self.window.append(now)
+
+def _change(self: Loop) -> None:
+    "Update the weights, unless a callback has decided to leave the step out, and count the step."
+    self.call("before_update")
+    self.torn = True # weights of two steps beside each other
+    self.now.updated = self.weights.forget() if self.now.left_out else self.weights.update(self.now.lr)
+    self.step += 1; self.skipped += not self.now.updated
+    self.torn = False
+
+Loop.gradients, Loop.change = _gradients, _change
 
 # %% ../nbs/41_trainer.ipynb #d4dfef23
 def _compute(self: Loop,
@@ -208,22 +249,24 @@ class Trainer(Loop):
         loader, # endless iterator of Batch with .consumed, .state_dict(), .load_state_dict()
         loss_fn, # (model, batch) -> (sum of losses, number of targets), e.g. causal_lm_loss
         callbacks=(), # Callback objects
-        valid_loader=None # the same for validation
+        valid_loader=None, # the same for validation
+        rates: dict | None = None # end of a parameter's name -> factor of its learning rate
     ):
         self.device_choice = pick_device(cfg.device)
         self.device = self.device_choice.value
         self.dtype_choice: Choice = pick_dtype(cfg.dtype, self.device)
         self.accumulation = cfg.accumulation(self.data_parallel_size())
         lr_at(0, cfg) # refuses an impossible warm-up now
-        self.model, self.cfg, self.loader, self.loss_fn, self.valid_loader = model, cfg, loader, loss_fn, valid_loader
+        self.model, self.cfg, self.loader, self.loss_fn, self.valid_loader, self.rates = model, cfg, loader, loss_fn, valid_loader, rates
         self.callbacks = sorted(callbacks, key=lambda c: c.order)
         self.weights = self.make_weights()
         self.step, self.skipped, self.stopped = 0, 0, ""
+        self.torn, self.spoiled, self.notes = False, "", {} # an update began and did not end; why the weights must not be saved; what callbacks keep between the parts of a run, as JSON
         self.window, self.extra, self.row, self.rows, self.now = [], {}, {}, deque(maxlen=10_000), None
         self.valid_start = valid_loader and valid_loader.state_dict()
 
     def data_parallel_size(self) -> int: return 1 # `parallel_trainer` knows more
-    def make_weights(self) -> Weights: return Weights(self.model, self.cfg, self.device, self.dtype_choice.value)
+    def make_weights(self) -> Weights: return Weights(self.model, self.cfg, self.device, self.dtype_choice.value, rates=self.rates)
 
     def call(self,
         event: str, # a method of Callback
@@ -302,7 +345,7 @@ def _snapshot(self: Trainer) -> tuple: # (tensors by name, JSON state)
     "What `checkpoint.save_step` takes."
     w = self.weights
     tensors = {f"model.{n}": p.detach() for n, p in w.named.items()} | {f"buffer.{n}": b for n, b in self.model.named_buffers()}
-    state = dict(step=self.step, skipped=self.skipped, consumed_samples=self.consumed, loader=self.loader.state_dict(), scaler=w.scaler.state_dict())
+    state = dict(step=self.step, skipped=self.skipped, consumed_samples=self.consumed, loader=self.loader.state_dict(), scaler=w.scaler.state_dict(), notes=self.notes)
     return tensors | optim_tensors(w.optimizer, w.names) | rng_tensors(self.device), state
 
 def _restore(self: Trainer,
@@ -317,7 +360,7 @@ def _restore(self: Trainer,
     state = load_step(run, step, fill | rng, checked)
     read_optim(run.step_path(step), w.optimizer, w.names)
     w.publish()
-    self.step, self.skipped = state["step"], state["skipped"]
+    self.step, self.skipped, self.notes = state["step"], state["skipped"], state.get("notes", {})
     self.loader.load_state_dict(state["loader"])
     if w.scaler.is_enabled() and state["scaler"]: w.scaler.load_state_dict(state["scaler"])
     set_rng(rng, self.device)
