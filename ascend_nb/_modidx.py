@@ -1485,6 +1485,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'ascend_nb.names.may_lack': ('names.html#may_lack', 'ascend_nb/names.py'),
                                  'ascend_nb.names.optional_hf': ('names.html#optional_hf', 'ascend_nb/names.py'),
                                  'ascend_nb.names.part_shape': ('names.html#part_shape', 'ascend_nb/names.py')},
+            'ascend_nb.neftune': { 'ascend_nb.neftune.add_noise': ('neftune.html#add_noise', 'ascend_nb/neftune.py'),
+                                   'ascend_nb.neftune.text_lengths': ('neftune.html#text_lengths', 'ascend_nb/neftune.py')},
             'ascend_nb.npu_experts': { 'ascend_nb.npu_experts._': ('npu_experts.html#_', 'ascend_nb/npu_experts.py'),
                                        'ascend_nb.npu_experts._GroupedLinear': ( 'npu_experts.html#_groupedlinear',
                                                                                  'ascend_nb/npu_experts.py'),

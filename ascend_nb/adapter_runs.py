@@ -112,12 +112,16 @@ def fits(
     cfg: RunConfig, # its grid and model
     stages: int = 1 # of the pipeline, in all processes
 ) -> None:
-    "Raise UserError where this grid cannot train this adapter."
+    "Raise UserError where this grid cannot train this adapter, or cannot draw this noise."
     p = cfg.parallel
+    if cfg.tune.neftune_noise_alpha and p.context_parallel_size > 1: raise UserError("neftune_cp")
     if plan is None: return
     if p.use_ascend_mc2: raise UserError("lora_mc2")
     for i, layers in enumerate(stage_layers(p, cfg.model.num_hidden_layers, stages)):
         if not any(name.startswith(tuple(f"model.layers.{k}." for k in layers)) for name in plan.ranks): raise UserError("lora_stage", stage=i, layers=f"{layers.start}-{layers.stop - 1}")
+
+messages(neftune_cp=("Found neftune_noise_alpha with context_parallel_size above 1; expected whole texts in every process, whose length the noise depends on. Use context_parallel_size=1.",
+                     "neftune_noise_alpha 不支持 context_parallel_size 大于 1：噪声取决于文本长度，每个进程须有完整文本。请设 context_parallel_size=1。"))
 
 def put_plan(
     model: Decoder, # with the base's numbers; whole, or a stage that is not cut yet. Changed in place

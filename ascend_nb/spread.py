@@ -20,6 +20,7 @@ from .engine import Engine, build_stages, refuse
 from .hf_format import load_model
 from .mesh import Mesh, check, join, leave
 from .model import Decoder
+from .neftune import add_noise
 from .pipeline import schedule_name
 from .schema import to_dict
 
@@ -91,7 +92,10 @@ def build_engine(
         if read is None: model.init_weights(t.seed)
         else: model.load_state_dict({k: read[k] for k in model.state_dict()})
         if plan: put_plan(model, plan)
-    return Engine(build_stages(cfg.model, fill, mesh, p, device, dtype), mesh, p, dtype)
+    stages = build_stages(cfg.model, fill, mesh, p, device, dtype)
+    for m in stages.values():
+        if cfg.tune.neftune_noise_alpha: add_noise(m, cfg.tune.neftune_noise_alpha, mesh)
+    return Engine(stages, mesh, p, dtype)
 
 def crew(
     run: RunDir, # where the first process writes

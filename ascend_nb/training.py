@@ -167,7 +167,7 @@ def build(
     begin = mesh.share(lambda: find_resume(run, cfg))
     if plan and begin is not None: mesh.share(lambda: check_base(run.path, t.load))
     check_space(run.path, 12 * (plan.size if plan else cfg.model.num_params()) + 4 * cfg.model.num_params()) # what learns and its two moments, the finished model
-    seed_all(t.seed + (mesh.data if plan else 0)) # what adapters draw differs from sample to sample
+    seed_all(t.seed + (mesh.data if plan or cfg.tune.neftune_noise_alpha else 0)) # what is drawn in a step differs from sample to sample
     trainer = ParallelTrainer(build_engine(cfg, mesh, weights, plan), t, data["train"], causal_lm_loss, [*crew(run, tokenizer, mesh), *callbacks], data.get("valid"), rates(cfg.tune))
     if begin is not None: trainer.restore(run, begin, checked=True)
     return Job(cfg, run, trainer, tokenizer, begin, mesh, plan)

@@ -13,6 +13,7 @@ from test_spread_generate import run as run_words
 from test_spread_generate import same as same_words
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
+from transformers.integrations.neftune import neftune_post_forward_hook
 
 from ascend_nb import cli, preprocess, training
 from ascend_nb.adapter_runs import base_model, write_base
@@ -22,6 +23,7 @@ from ascend_nb.core import UserError
 from ascend_nb.hf_format import load_model, save_model
 from ascend_nb.many_devices import open_model
 from ascend_nb.model import Decoder
+from ascend_nb.neftune import add_noise
 from ascend_nb.schema import save_yaml, to_dict
 from ascend_nb.tokenizers import load_tokenizer
 from ascend_nb.trainer import lr_at
@@ -35,7 +37,8 @@ def lora(tune, *args, **kw): return dict(case(*args, **kw), tune=tune)
 def test_a_few_grids_in_two_processes(tmp_path):
     "Gradients, then ten steps; and a run that goes on in another grid."
     same(run([lora(ALL, "dense", tp=2, sp=True), lora(dict(ALL, use_dora=True), "llama", tp=2), lora(ALL, "moe", ep=2), lora(dict(ALL, lora_modules_to_save=["embed_tokens"]), "dense", pp=2, tp=1),
-              lora(ALL, "mla", zero=2), *(lora(dict(SOME, loraplus_lr_ratio=4.), "dense", kind="curve", steps=10, **kw) for kw in (dict(tp=2), dict(), dict(pp=2)))], 2))
+              lora(ALL, "mla", zero=2), *(lora(dict(SOME, loraplus_lr_ratio=4.), "dense", kind="curve", steps=10, **kw) for kw in (dict(tp=2), dict(), dict(pp=2))),
+              *(lora(dict(neftune_noise_alpha=9.), "dense", kind="curve", steps=4, **kw) for kw in (dict(tp=2, sp=True), dict(pp=2)))], 2))
 
 
 MATRIX = {
@@ -75,6 +78,33 @@ def asks(home, save, tune=None, model="base", **train):
 
 
 def rows(save): return [json.loads(x) for x in (save / "metrics.jsonl").read_text().splitlines() if '"loss"' in x]
+
+
+def test_noise_on_embeddings_is_the_papers(home, tmp_path):
+    "transformers' hook, which trl calls, on the same draws; in a packed row every document as if it stood alone; none in a validation."
+    torch.manual_seed(5)
+    ours, ids = load_model(home / "base").train(), torch.randint(0, 90, (3, 20))
+    words, plain = torch.nn.Embedding.from_pretrained(ours.model.embed_tokens.weight.detach()).train(), ours.model.embed_tokens(ids).detach()
+    words.neftune_noise_alpha = 7.
+    words.register_forward_hook(neftune_post_forward_hook)
+    torch.manual_seed(6)
+    want = words(ids) - plain
+    torch.manual_seed(6)
+    add_noise(ours, 7.)
+    assert (ours.model.embed(ids, 0, None) - plain - want).abs().max() < 1e-6 * want.abs().max() + 1e-7
+    torch.manual_seed(6)
+    packed = ours.model.embed(ids, 0, torch.cat((torch.arange(5), torch.arange(15))).repeat(3, 1)) - plain
+    assert torch.allclose(packed[:, :5], want[:, :5] * 2, atol=1e-6) and torch.allclose(packed[:, 5:], want[:, 5:] * (20 / 15) ** .5, atol=1e-6)
+    with torch.no_grad(): assert torch.equal(ours.model.embed(ids, 0, None), plain)
+
+
+def test_a_run_with_noise_learns_and_goes_on(home, tmp_path):
+    "Its losses are not those without; two runs with one seed have the same."
+    losses = {}
+    for name, noise in (("plain", 0.), ("noisy", 9.), ("again", 9.)):
+        training.run(asks(home, tmp_path / name, dict(neftune_noise_alpha=noise), train_iters=4, lr=1e-3), json=True)
+        losses[name] = [r["loss"] for r in rows(tmp_path / name)]
+    assert losses["noisy"] == losses["again"] and losses["noisy"][0] != losses["plain"][0] and abs(losses["noisy"][0] - losses["plain"][0]) < .1
 
 
 KINDS = {"lora": {}, "rslora": dict(use_rslora=True), "dora": dict(use_dora=True), "lora+": dict(loraplus_lr_ratio=4.), "head": dict(lora_modules_to_save=["embed_tokens", "lm_head"])}
