@@ -21,6 +21,7 @@ from .hf_format import load_model
 from .mesh import Mesh, check, join, leave
 from .model import Decoder
 from .neftune import add_noise
+from .nf4 import pack
 from .pipeline import schedule_name
 from .schema import to_dict
 
@@ -91,6 +92,7 @@ def build_engine(
     def fill(model):
         if read is None: model.init_weights(t.seed)
         else: model.load_state_dict({k: read[k] for k in model.state_dict()})
+        if cfg.tune.qlora_nf4: pack(model)
         if plan: put_plan(model, plan)
     stages = build_stages(cfg.model, fill, mesh, p, device, dtype)
     for m in stages.values():

@@ -16,14 +16,16 @@ from .adapters import merge_adapter
 from .blends import Loader, build_datasets, collate_for
 from .checkpoint import RunDir
 from .config import ModelConfig, RunConfig
-from .core import UserError, check_space, make_deterministic, messages, rank_info, say, seed_all
+from .core import UserError, check_space, human_bytes, make_deterministic, messages, rank_info, say, seed_all
 from .convert import as_model
 from .dcp_format import is_step, model_folder, open_step
+from .faults import inject
 from .families import check_length, check_vocab, config_from_hf, config_to_hf
 from .hf_format import load_model, save_model
 from .losses import causal_lm_loss
 from .mesh import Mesh, Sizes
 from .model import Decoder
+from .nf4 import packed_size, unpack
 from .parallel_trainer import ParallelTrainer
 from .prepared import prepared
 from .schema import load_yaml, save_yaml, to_dict
@@ -163,16 +165,21 @@ def build(
     t, run, plan = cfg.train, RunDir(cfg.train.save), plan_adapter(cfg)
     mesh = fit_grid(cfg)
     fits(plan, cfg, mesh.sizes.pp * mesh.sizes.vpp)
+    watchers = inject(cfg.guard.inject, run, mesh.sizes.world, t.train_iters)
     data = loaders(cfg, tokenizer, mesh)
     begin = mesh.share(lambda: find_resume(run, cfg))
     if plan and begin is not None: mesh.share(lambda: check_base(run.path, t.load))
     check_space(run.path, 12 * (plan.size if plan else cfg.model.num_params()) + 4 * cfg.model.num_params()) # what learns and its two moments, the finished model
     seed_all(t.seed + (mesh.data if plan or cfg.tune.neftune_noise_alpha else 0)) # what is drawn in a step differs from sample to sample
-    trainer = ParallelTrainer(build_engine(cfg, mesh, weights, plan), t, data["train"], causal_lm_loss, [*crew(run, tokenizer, mesh), *callbacks], data.get("valid"), rates(cfg.tune))
+    trainer = ParallelTrainer(build_engine(cfg, mesh, weights, plan), t, data["train"], causal_lm_loss, [*crew(run, tokenizer, mesh), *watchers, *callbacks], data.get("valid"), rates(cfg.tune))
     if begin is not None: trainer.restore(run, begin, checked=True)
     return Job(cfg, run, trainer, tokenizer, begin, mesh, plan)
 
 # %% ../nbs/43_training.ipynb #35e545ca
+def _in_bits(tr): # a line where matrices lie in four bits
+    n, size = packed_size(tr.engine.models)
+    return [f"base      {n:,} numbers of this process in {8 * size / n:.2f} bits each: {human_bytes(size)} instead of {human_bytes(4 * n)}"] if n else []
+
 def describe(
     job: Job # built
 ) -> list: # lines for people
@@ -182,7 +189,7 @@ def describe(
     tokens = f", up to {seen * d.seq_length:,} tokens" if t.stage == "sft" else f", {seen * d.seq_length:,} tokens"
     return [f"device    {tr.device_choice}", f"dtype     {tr.dtype_choice}",
             f"model     {m.model_type}, {m.num_params():,} parameters, {'from ' + t.load if t.load else f'new weights, seed {t.seed}'}",
-            *([f"adapter   {job.plan}"] if job.plan else []),
+            *([f"adapter   {job.plan}"] if job.plan else []), *_in_bits(tr),
             f"data      {' '.join(d.data_path or d.train_data_path)}: {samples:,} samples of {'at most ' if t.stage == 'sft' else ''}{d.seq_length} tokens",
             *([f"grid      {job.mesh.sizes}"] if job.mesh.sizes.world > 1 else []), *(f"note      {x}" for x in (*idle(job.cfg.parallel, m, job.mesh), *idle_tuning(job.cfg.tune))),
             f"step      {t.micro_batch_size} samples x {tr.accumulation} micro-batches{f' x {dp} data parallel' if dp > 1 else ''} = {t.micro_batch_size * tr.accumulation * dp}",
@@ -210,6 +217,7 @@ def _export_adapter(job, model): # RUN/adapter; afterwards it is in the model's 
     except UserError as e:
         if e.key != "adapter_stack": raise
         say(e)
+    unpack(model)
     say(f"merged    {merge_adapter(model, keep=False)}")
 
 # %% ../nbs/43_training.ipynb #dba8f89a
@@ -245,7 +253,7 @@ def _run(cfg, json):
     with job.run.lock():
         job.run.sweep()
         save_yaml(job.cfg, job.run.config_path)
-        if job.plan: write_base(job.run.path, job.plan, job.cfg.train.load)
+        if job.plan: write_base(job.run.path, job.plan, job.cfg.train.load, job.cfg.tune.qlora_nf4)
         done = job.begin is not None and job.trainer.step >= cfg.train.train_iters
         if done: say(f"The run is finished already: step {job.trainer.step} of {cfg.train.train_iters}.")
         else: job.trainer.fit()
