@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from .adapter_files import Stored, open_adapter, place_adapter
-from .adapters import Change, LoraSpec, _switch, add_adapter, book, find_targets, merge_adapter, pairs, put, wholes
+from .adapters import Change, LoraSpec, _switch, add_adapter, book, find_targets, merge_adapter, pairs, put, sites, wholes
 from .checkpoint import read_tensors
 from .config import RunConfig
 from .core import UserError, atomic_file, messages

@@ -97,7 +97,7 @@ def _lengths(self: Pair,
 ) -> Tensor: # (out,), without gradient
     "Length of every row of W + s·B·A."
     with torch.no_grad():
-        part = (weight.detach() + self.scale * self.B @ self.A).norm(dim=-1)
+        part = (weight.detach().to(self.B.dtype) + self.scale * self.B @ self.A).norm(dim=-1)
         return part if self.group is None else total(part.square(), self.group).sqrt()
 
 def _places(self: Pair,

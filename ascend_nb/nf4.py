@@ -49,7 +49,7 @@ class Nf4:
     ):
         self.shape, x = weight.shape, weight.detach().float().flatten()
         codes, most = to_levels(x, torch.tensor(LEVELS, device=x.device), BLOCK)
-        codes = nn.functional.pad(codes, (0, len(codes) % 2))
+        codes = nn.functional.pad(codes, (0, len(codes) % 2), value=LEVELS.index(0.))
         self.held = dict(codes=codes[::2] << 4 | codes[1::2], scales=most)
         if double:
             offset = most.mean()
