@@ -64,23 +64,26 @@ class Nf4:
     def dim(self) -> int: return len(self.shape)
     def detach(self) -> Tensor: return self.dense()
 
-    def scales(self) -> Tensor: # fp32, one for each block
-        "The largest number of each block, as far as it is known."
-        h = self.held
-        if "outer" not in h: return h["scales"]
-        return levels_of_8_bits().to(self.device)[h["scales"].int()] * h["outer"].repeat_interleave(OUTER)[:len(h["scales"])] + h["offset"]
-
-    def dense(self,
-        dtype: torch.dtype = torch.float32 # rounded once
-    ) -> Tensor: # (out, in)
-        "The matrix as it is used."
-        n, scales = math.prod(self.shape), self.scales()
-        x = self.pairs.index_select(0, self.held["codes"].int()).flatten()[:n]
-        if n % BLOCK: x = x * scales.repeat_interleave(BLOCK)[:n]
-        else: x.view(-1, BLOCK).mul_(scales[:, None])
-        return x.view(self.shape).to(dtype)
-
     def move(self, device) -> None: self.held, self.pairs = {k: t.to(device) for k, t in self.held.items()}, self.pairs.to(device) # where to
+
+# %% ../nbs/23a_nf4.ipynb #22c088af
+def _scales(self: Nf4) -> Tensor: # fp32, one for each block
+    "The largest number of each block, as far as it is known."
+    h = self.held
+    if "outer" not in h: return h["scales"]
+    return levels_of_8_bits().to(self.device)[h["scales"].int()] * h["outer"].repeat_interleave(OUTER)[:len(h["scales"])] + h["offset"]
+
+def _dense(self: Nf4,
+    dtype: torch.dtype = torch.float32 # rounded once
+) -> Tensor: # (out, in)
+    "The matrix as it is used."
+    n, scales = math.prod(self.shape), self.scales()
+    x = self.pairs.index_select(0, self.held["codes"].int()).flatten()[:n]
+    if n % BLOCK: x = x * scales.repeat_interleave(BLOCK)[:n]
+    else: x.view(-1, BLOCK).mul_(scales[:, None])
+    return x.view(self.shape).to(dtype)
+
+Nf4.scales, Nf4.dense = _scales, _dense
 
 # %% ../nbs/23a_nf4.ipynb #cfad12a9
 class _Product(torch.autograd.Function):
