@@ -118,6 +118,7 @@ def build_engine(
         if cfg.tune.neftune_noise_alpha: add_noise(m, cfg.tune.neftune_noise_alpha, mesh)
     return Engine(stages, mesh, p, dtype)
 
+# %% ../nbs/42a_spread.ipynb #943271ac
 def crew(
     run: RunDir, # where the first process writes
     tokenizer, # or None
