@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['NAME', 'adapts', 'spec_of', 'idle_tuning', 'rates', 'Plan', 'plan_adapter', 'fits', 'put_plan', 'bare', 'base_mark',
-           'write_base', 'check_base', 'adapter_run', 'base_model', 'open_tuned', 'tuned_model']
+           'write_base', 'check_base', 'adapter_run', 'base_model', 'open_tuned', 'tuned_model', 'name_adapters',
+           'load_adapters']
 
 # %% ../nbs/34d_adapter_runs.ipynb #c57dcef3
-import hashlib, json
+import hashlib, json, re
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 import torch
 from torch import nn
-from .adapter_files import Stored, open_adapter, place_adapter
-from .adapters import Change, LoraSpec, _switch, add_adapter, book, find_targets, merge_adapter, pairs, put, sites, wholes
+from .adapter_files import Stored, load_adapter, open_adapter, place_adapter
+from .adapters import Change, LoraSpec, _switch, add_adapter, book, find_targets, merge_adapter, pairs, put, sites, use_adapter, wholes
 from .checkpoint import read_tensors
 from .config import RunConfig
 from .core import UserError, atomic_file, messages
@@ -231,3 +232,27 @@ def tuned_model(
     unpack(model)
     merge_adapter(model, keep=False)
     return model
+
+# %% ../nbs/34d_adapter_runs.ipynb #e5f22274
+def name_adapters(
+    folders: list # PEFT's folders, or runs that trained an adapter
+) -> dict: # name -> PEFT's folder
+    "A short name for each: its folder's, or its run's where that is called adapter; numbered where it is taken."
+    out = {}
+    for f in map(Path, folders):
+        folder = f / "adapter" if not (f / "adapter_config.json").is_file() and (f / "adapter").is_dir() else f
+        word = folder.absolute().parent.name if folder.name == "adapter" else folder.absolute().name
+        name = re.sub(r"[^A-Za-z0-9-]+", "-", word).strip("-") or "adapter"
+        out[next(n for n in (name, *(f"{name}-{i}" for i in range(2, len(folders) + 2))) if n not in out)] = folder
+    return out
+
+def load_adapters(
+    model: Decoder, # on its device; changed in place
+    folders: list # as for `name_adapters`
+) -> list: # their names; the first is at work
+    "Put finished adapters on a model. Raises UserError for one that is not there, or of another model."
+    found = name_adapters(folders)
+    for name, folder in found.items(): load_adapter(model, folder, name)
+    if found: use_adapter(model, next(iter(found)))
+    model.eval().requires_grad_(False)
+    return [*found]

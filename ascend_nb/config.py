@@ -15,7 +15,7 @@ from .schema import dump_yaml, from_dict, knob, parse_args, to_args, to_dict
 from .guarding import GuardConfig
 from .serving import ServeConfig # noqa: F401
 from .shapes import ModelConfig, ShapeConfig
-from .tuning import DATA_OF, TuneConfig
+from .tuning import AdapterConfig, DATA_OF, TuneConfig
 
 # %% ../nbs/03_config.ipynb #55492ffa
 @dataclass
@@ -241,7 +241,7 @@ class SampleConfig:
     seed: int = 1234 # of the draws
 
 @dataclass(kw_only=True)
-class GenerateConfig(SampleConfig):
+class GenerateConfig(SampleConfig, AdapterConfig):
     "Continue a text. stdout carries the continuation only."
     model: str = knob() # Hugging Face folder, or a run folder or step of `train`
     prompt: str = knob("") # text to continue; empty: read from stdin
@@ -253,7 +253,7 @@ class GenerateConfig(SampleConfig):
 
 # %% ../nbs/03_config.ipynb #84a35a56
 @dataclass(kw_only=True)
-class ChatConfig(SampleConfig):
+class ChatConfig(SampleConfig, AdapterConfig):
     "Talk with a model; q, quit or exit leaves, clear or new forgets."
     model: str = knob() # Hugging Face folder, or a run folder or step of `train`
     system: str = "" # system prompt; empty: the template's own
