@@ -14,6 +14,7 @@ from .adapter_files import save_adapter
 from .adapter_runs import Plan, adapter_run, check_base, fits, idle_tuning, open_tuned, plan_adapter, rates, tuned_model, write_base
 from .adapters import merge_adapter
 from .blends import Loader, build_datasets
+from .breath import rescue
 from .checkpoint import RunDir
 from .config import ModelConfig, RunConfig
 from .core import UserError, check_space, make_deterministic, messages, rank_info, say, seed_all
@@ -22,6 +23,7 @@ from .dcp_format import is_step, model_folder, open_step
 from .faults import inject
 from .families import check_length, check_vocab, config_from_hf, config_to_hf
 from .hf_format import load_model
+from .last_breath import lifelines
 from .mesh import Mesh, Sizes
 from .model import Decoder
 from .parallel_trainer import ParallelTrainer
@@ -118,7 +120,11 @@ def find_resume(
     "Where to begin. Raises UserError for steps that must not be overwritten, and for a config that does not continue them."
     how = cfg.train.resume
     if how == "never" and run.folders(): raise UserError("run_exists", path=run.path, steps=", ".join(map(str, run.folders())))
-    step = run.latest(say) if how != "never" else None
+    step = None
+    if how != "never":
+        step = run.latest(say)
+        if (run.path / "breath").is_dir():
+            with run.lock(): step = rescue(run, step, say)
     if step is None:
         if how == "must": raise UserError("nothing_to_resume", path=run.path)
         return None
@@ -163,7 +169,7 @@ def build(
     cfg: RunConfig, # what the user asked for
     callbacks=() # more Callback objects than the usual ones
 ) -> Job:
-    "Build a run. Raises UserError for whatever is wrong with it; writes nothing."
+    "Build a run. Raises UserError for whatever is wrong with it; writes nothing, but for a step that the survivors of an accident have left in parts."
     if cfg.train.deterministic: make_deterministic() # before anything makes a process group
     cfg, tokenizer = resolve(cfg)
     t, run, plan = cfg.train, RunDir(cfg.train.save), plan_adapter(cfg)
@@ -177,8 +183,8 @@ def build(
     seed_all(t.seed + (mesh.data if plan else 0)) # what adapters draw differs from sample to sample
     stage = STAGES[t.stage]
     loss, engine = stage.loss(cfg.tune), build_engine(cfg, mesh, stage.load(weights, t.seed), stage.make, plan)
-    watchers += [loss] if hasattr(loss, "after_update") else []
-    trainer = ParallelTrainer(engine, t, data["train"], loss, [*crew(run, tokenizer, mesh), *watchers, *callbacks], data.get("valid"), rates(cfg.tune))
+    watchers += [*lifelines(cfg.guard, run, mesh.main), *([loss] if hasattr(loss, "after_update") else [])]
+    trainer = ParallelTrainer(engine, t, data["train"], loss, [*crew(run, tokenizer, mesh, cfg.guard.keep_every), *watchers, *callbacks], data.get("valid"), rates(cfg.tune))
     reference = reference_of(cfg, data, mesh, run, trainer.dtype_choice.value)
     if reference and not reference.find(fresh=begin is None) and begin is not None: ask_reference(reference, cfg, trainer, weights) # while the model is what it was
     if begin is not None: trainer.restore(run, begin, checked=True)
@@ -258,7 +264,7 @@ def run(
     end(None)
     return out
 
-# %% ../nbs/43_training.ipynb #d5bd1e00
+# %% ../nbs/43_training.ipynb #c58bc3a8
 def _run(cfg, json):
     job = build(cfg)
     if not job.mesh.main: return _help(job)
