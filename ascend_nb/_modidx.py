@@ -1530,7 +1530,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'ascend_nb.mesh.join': ('mesh.html#join', 'ascend_nb/mesh.py'),
                                 'ascend_nb.mesh.launch': ('mesh.html#launch', 'ascend_nb/mesh.py'),
                                 'ascend_nb.mesh.leave': ('mesh.html#leave', 'ascend_nb/mesh.py'),
-                                'ascend_nb.mesh.meet': ('mesh.html#meet', 'ascend_nb/mesh.py'),
                                 'ascend_nb.mesh.misfits': ('mesh.html#misfits', 'ascend_nb/mesh.py'),
                                 'ascend_nb.mesh.reach': ('mesh.html#reach', 'ascend_nb/mesh.py'),
                                 'ascend_nb.mesh.roll_call': ('mesh.html#roll_call', 'ascend_nb/mesh.py'),
