@@ -70,9 +70,9 @@ def test_two_copies_of_everything_or_a_sentence(monkeypatch):
 
 class Host:
     "An agent of torchrun with two workers, as on a machine of its own. Where hosts may join later, torchrun must not share its store with them (torch 2.13: the newcomer waits for an address that nobody writes)."
-    def __init__(self, port, config, mark):
+    def __init__(self, port, config, mark, first=False):
         words = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1:2", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}", "--rdzv-id", "elastic",
-                 "--rdzv-conf", "last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=3", "--max-restarts", "3", "-m", "ascend_nb.cli", "train", "--config", str(config), "--json"]
+                 "--rdzv-conf", f"is_host={int(first)},last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=3", "--max-restarts", "3", "-m", "ascend_nb.cli", "train", "--config", str(config), "--json"]
         self.log = open(str(config) + f".{time.monotonic_ns()}.log", "w+")  # noqa: SIM115
         self.job = subprocess.Popen(words, stdout=self.log, stderr=self.log, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ASCEND_NB_LANG": "en", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", **dict([mark.split("=")])})
 
@@ -108,7 +108,7 @@ def test_a_host_is_lost_and_another_one_comes(tmp_path, samples):
     at = lambda: max([r["step"] for r in run.rows() if "loss" in r], default=0)
     began = lambda: [(r["event"], r["step"]) for r in run.rows() if "event" in r]
     with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
-    first = Host(port, tmp_path / "run.yaml", mark)
+    first, third = Host(port, tmp_path / "run.yaml", mark, first=True), None
     time.sleep(1)
     second = Host(port, tmp_path / "run.yaml", mark)
     try:
@@ -121,10 +121,11 @@ def test_a_host_is_lost_and_another_one_comes(tmp_path, samples):
         assert first.job.wait(180) == 0, first.text()[-4000:]
         assert third.job.wait(30) == 0, third.text()[-4000:]
     finally:
-        for pid in alive(mark) if first.job.poll() is None or third.job.poll() is None else (): os.kill(pid, signal.SIGKILL)
+        left = alive(mark)
+        for pid in left: os.kill(pid, signal.SIGKILL)
+    assert not left
     text = first.text()
     assert text.count("grid      tp=2 dp=2") + third.text().count("grid      tp=2 dp=2") == 2 and "is put together from what 2 of 4 processes wrote" in text
     got, want = ([(r["step"], r["consumed_samples"], r["loss"]) for r in RunDir(d).rows() if "loss" in r] for d in (train.save, calm.train.save))
     assert [x[:2] for x in got] == [x[:2] for x in want] == [(i, 4 * i) for i in range(1, 61)]
     assert max(abs(a[2] - b[2]) for a, b in zip(got, want, strict=True)) < 1e-5
-    assert not alive(mark)
