@@ -148,7 +148,7 @@ ACTIONS = {"kill": _die(signal.SIGKILL), "term": _die(signal.SIGTERM), "hang": _
 # %% ../nbs/42c_faults.ipynb #44649a93
 class Faults(Callback):
     "Makes faults happen in this process, and keeps the time line."
-    order = 7
+    order = 1 # before whoever looks for damage
     def __init__(self,
         faults: list, # of Fault, of all processes
         run: RunDir # keeps what has happened
