@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LOW', 'WHOLE', 'LoraSpec', 'Pair', 'LowLinear', 'LowExperts', 'Whole', 'WholeEmbedding', 'WholeLinear', 'Site',
            'sites', 'called', 'find_targets', 'Book', 'book', 'put', 'add_adapter', 'pairs', 'wholes', 'use_adapter',
-           'disabled', 'remove_adapter', 'Change', 'merge_adapter', 'unmerge_adapter', 'adapter_groups']
+           'disabled', 'remove_adapter', 'Change', 'merge_adapter', 'unmerge_adapter']
 
 # %% ../nbs/34b_adapters.ipynb #64f5741d
 import hashlib, math, re
@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 from .core import UserError, did_you_mean, messages, one_of
 from .experts import Experts
-from .layers import Linear, glu, linear
+from .layers import Linear, linear
 from .megatron_names import EXPERT, LATENT, LAYER
 from .model import Decoder
 from .names import hf_entries
-from .npu_experts import grouped_linear, permute, unpermute
+from .npu_experts import grouped_linear
+from .parallel import COLUMNS, ROWS, total
 from .shards import names
 
 # %% ../nbs/34b_adapters.ipynb #35ac3612
@@ -66,7 +67,8 @@ class Pair(nn.Module):
     ):
         super().__init__()
         *stack, rows, cols = weight.shape
-        self.r, self.scale, self.dropout = r, scale, spec.dropout
+        self.r, self.scale, self.dropout, self.group = r, scale, spec.dropout, None # group: of processes that each have some of the columns
+        self.beside = name.removesuffix(".weight").rpartition(".")[2] # what the matrix is called
         self.A = nn.Parameter(_uniform((*stack, r, cols), name, spec.seed).to(weight.device, weight.dtype))
         self.B = nn.Parameter(torch.zeros(*stack, rows, r, device=weight.device, dtype=weight.dtype))
         self.magnitude = nn.Parameter(weight.detach().norm(dim=-1)) if spec.dora else None
@@ -76,10 +78,12 @@ class Pair(nn.Module):
     def forward(self,
         x: Tensor, # (..., in)
         weight: Tensor, # (out, in)
-        bias: Tensor | None # (out,)
+        bias: Tensor | None = None, # (out,)
+        ends: list | Tensor | None = None # of a stack: where each expert's rows end
     ) -> Tensor: # (..., out)
         "What the changed matrix makes of x."
         wet = self.drop(x)
+        if ends is not None: return grouped_linear(x, weight, ends) + self.scale * grouped_linear(grouped_linear(wet, self.A, ends), self.B, ends)
         low = linear(linear(wet, self.A), self.B) * self.scale
         if self.magnitude is None: return linear(x, weight, bias) + low
         plain, grow = linear(x, weight), self.magnitude / self.lengths(weight)
@@ -91,7 +95,17 @@ def _lengths(self: Pair,
     weight: Tensor # (out, in)
 ) -> Tensor: # (out,), without gradient
     "Length of every row of W + s·B·A."
-    with torch.no_grad(): return (weight + self.scale * self.B @ self.A).norm(dim=-1)
+    with torch.no_grad():
+        part = (weight + self.scale * self.B @ self.A).norm(dim=-1)
+        return part if self.group is None else total(part.square(), self.group).sqrt()
+
+def _places(self: Pair,
+    dim: int | None, # of the matrix that is cut: 0 rows, 1 columns
+    group=None # of the processes that have the parts
+) -> dict: # name of a parameter -> the dimension that is cut with it
+    "B goes with the rows, A with the columns: then both halves of a product are cut where the matrix is, and nothing more is sent."
+    if dim == COLUMNS: self.group = group
+    return dict(A=self.A.dim() - 1 if dim == COLUMNS else None, B=self.B.dim() - 2 if dim == ROWS else None, magnitude=0 if dim == ROWS else None)
 
 def _merged(self: Pair,
     weight: Tensor # (out, in), or (E, out, in)
@@ -102,7 +116,7 @@ def _merged(self: Pair,
     if self.magnitude is not None: new = new * (self.magnitude.to(wide) / new.norm(dim=-1))[..., None]
     return new.to(weight.dtype)
 
-Pair.lengths, Pair.merged = _lengths, _merged
+Pair.lengths, Pair.places, Pair.merged = _lengths, _places, _merged
 
 # %% ../nbs/34b_adapters.ipynb #d35f7df4
 def _at_work(module, which="weight"): # the Pair that is used now, or None
@@ -116,19 +130,9 @@ class LowLinear(Linear):
 
 class LowExperts(Experts):
     "Experts with adapters beside their stacks."
-    def forward(self, x, weights, chosen):
-        rows, place, ends = permute(x, chosen, len(self.gate_proj))
-        y = glu(self.act, self.product("gate_proj", rows, ends), self.product("up_proj", rows, ends))
-        return unpermute(self.product("down_proj", y, ends), place, weights.to(x.dtype))
-
-    def product(self,
-        which: str, # gate_proj, up_proj or down_proj
-        rows: Tensor, # (T·k, in), sorted by expert
-        ends: list | Tensor # where each expert's rows end
-    ) -> Tensor: # (T·k, out)
-        "Each expert's rows by its own changed matrix."
-        y, pair = grouped_linear(rows, getattr(self, which), ends), _at_work(self, which)
-        return y if pair is None else y + pair.scale * grouped_linear(grouped_linear(pair.drop(rows), pair.A, ends), pair.B, ends)
+    def product(self, which, rows, ends):
+        pair = _at_work(self, which)
+        return super().product(which, rows, ends) if pair is None else pair(rows, getattr(self, which), None, ends)
 
 class Whole:
     "A module whose matrix gives way to the adapter's own copy; a tied head reads the same copy."
@@ -302,7 +306,8 @@ def wholes(
     name: str # of one of them
 ) -> dict: # name of a parameter -> the adapter's own copy
     "What an adapter has in the place of matrices."
-    found = ((p, model.get_submodule(p.removesuffix(".weight"))._parameters.get(f"weight_whole_{name}")) for p in _ends(model))
+    held = dict(model.named_modules()) # a stage of a pipeline has not every end
+    found = ((p, held[m]._parameters.get(f"weight_whole_{name}")) for p in _ends(model) if (m := p.removesuffix(".weight")) in held)
     return {p: own for p, own in found if own is not None}
 
 def _switch(model, name): # without a look at the book
@@ -352,6 +357,8 @@ class Change(NamedTuple):
     relative: float # the same over the largest logit
     same: float # share of positions where the likeliest token stayed the same
 
+    def __str__(self): return f"logits moved by at most {self.largest:.2g} ({self.relative:.2g} of the largest); the likeliest token stayed in {self.same:.1%} of the positions"
+
 @torch.no_grad()
 def _scores(model, ids): # logits, without dropout
     was, ids = model.training, ids if ids is not None else torch.arange(64)[None] * 7919 % model.cfg.vocab_size
@@ -390,18 +397,3 @@ def unmerge_adapter(
     b.using, b.merged, b.kept = b.merged, "", None
     use_adapter(model, b.using)
     return _moved(old, _scores(model, ids))
-
-# %% ../nbs/34b_adapters.ipynb #8c1e198e
-def adapter_groups(
-    model: Decoder, # with an adapter at work
-    lr: float, # learning rate of A and of what is trained whole
-    ratio: float = 16.0, # B's rate over A's; the paper's proposal
-    weight_decay: float = 0.0 # of matrices; vectors have none
-) -> list: # of dicts with params, lr and weight_decay
-    "LoRA+ for an optimizer. Raises UserError where no adapter is at work."
-    if not book(model).using: raise UserError("no_adapter", have=names(book(model).specs))
-    kind = lambda n, p: "flat" if p.dim() < 2 else "B" if n.endswith(".B") else "A"
-    of = {k: [p for n, p in model.named_parameters() if p.requires_grad and kind(n, p) == k] for k in ("A", "B", "flat")}
-    groups = [dict(params=of["A"], lr=lr, weight_decay=weight_decay), dict(params=of["B"], lr=lr * ratio, weight_decay=weight_decay),
-              dict(params=of["flat"], lr=lr * ratio, weight_decay=0.0)]
-    return [g for g in groups if g["params"]]

@@ -43,6 +43,7 @@ COMMANDS = {
     "convert": Command("convert", "ModelLinkConvertConfig", "weights between Hugging Face, Megatron legacy and core, cut for any parallel sizes", "在 Hugging Face、Megatron legacy 与 core 之间转换权重，支持任意并行切分"),
     "generate": Command("generate", "GenerateConfig", "continue a text, streaming", "流式续写文本"),
     "chat": Command("chat", "ChatConfig", "talk with a model", "人机对话"),
+    "serve": Command("serve", "ServeConfig", "a model for every program that talks to OpenAI", "为所有兼容 OpenAI 接口的程序提供模型服务"),
     "evaluate": Command("evaluator", "EvalConfig", "score a model on a benchmark", "在基准数据集上评估模型"),
 }
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from .core import UserError, messages
 from .schema import dump_yaml, from_dict, knob, parse_args, to_args, to_dict
 from .guarding import GuardConfig
+from .serving import ServeConfig # noqa: F401
 from .shapes import ModelConfig, ShapeConfig
 from .tuning import TuneConfig
 

@@ -40,6 +40,8 @@ def slice_blocks(
 messages(
     no_step=("Found no whole step in {path}: {why}. Expected a run folder of `ascend_nb train`, or one of its step_ folders. Check the path.",
              "{path} 中没有完整的检查点：{why}。应为 `ascend_nb train` 的运行目录或其中的 step_ 目录。请检查路径。"),
+    step_adapter=("Found an adapter in {path}, without the weights that it was added to; expected a whole model. Convert the finished run's hf folder, or read its adapter folder with --lora-load.",
+                  "{path} 中只有适配器，没有其基座权重；应为完整的模型。请转换训练完成后的 hf 目录，或用 --lora-load 读取其 adapter 目录。"),
     step_other=("Found {what} in {path}; expected those of the {model} model that its config describes. Pass the right --hf-config.",
                 "{path} 中有 {what}；应与其配置所描述的 {model} 模型一致。请传入正确的 --hf-config。"),
 )
@@ -88,6 +90,7 @@ def open_step(
             begin = tuple(begins.get(t.name, (0,) * len(t.shape)))
             placed.append(Placed(t, slice_blocks(name, begin, t.shape)))
             seen[name] = tuple(max(a) for a in zip(seen.get(name, (0,) * len(t.shape)), (b + n for b, n in zip(begin, t.shape))))
+    if any("_lora_" in k for k in seen): raise UserError("step_adapter", path=folder)
     wrong = [f"{k} {list(s)}" + (f", by the config {list(shapes[k])}" if k in shapes else "") for k, s in seen.items() if shapes.get(k) != s]
     if wrong: raise UserError("step_other", what=names(wrong), path=folder, model=cfg.model_type)
     return FileSource(cfg, placed, f"a training's {folder.name}", folder)

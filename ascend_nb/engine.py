@@ -76,7 +76,8 @@ class Engine:
         for n, m in self.stages.items():
             if isinstance(m, Decoder): self._prepare(m, dtype, n == s.pp * s.vpp - 1)
         self.kernels = {**tensor_kernels(self.mesh), **context_kernels(self.mesh)}
-        self.tied = tied_names(self.models[0].cfg, self.mesh) if s.pp > 1 else []
+        ends = tuple(tied_names(self.models[0].cfg, self.mesh)) if s.pp > 1 else ()
+        self.tied = sorted({n for m in self.models for n, p in m.named_parameters() if p.requires_grad and n.startswith(ends)}) if ends else [] # the matrix, or an adapter's own copy
         elsewhere = self.tied if s.pp > 1 and self.mesh.pp == s.pp - 1 else []
         self.pieces = pieces(self.models, self.mesh, elsewhere)
         narrow = s.tp if self.p.sequence_parallel else 1

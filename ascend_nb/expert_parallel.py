@@ -12,7 +12,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import Replicate, Shard
 from .config import ModelConfig, ParallelConfig
 from .experts import MoE, grouped_linear, load_balancing_loss
 from .layers import glu
@@ -75,8 +75,8 @@ def _travel(rows, n, group, work):
 def _experts_forward(module, total, p, group):
     "What takes the place of `Experts.forward`; parameters are this process's experts."
     def work(rows, ends):
-        y = glu(module.act, grouped_linear(rows, module.gate_proj, ends), grouped_linear(rows, module.up_proj, ends))
-        return grouped_linear(y, module.down_proj, ends)
+        y = glu(module.act, module.product("gate_proj", rows, ends), module.product("up_proj", rows, ends))
+        return module.product("down_proj", y, ends)
     def forward(x, weights, chosen):
         order, n = queue(weights, chosen, total, p)
         real = order >= 0
@@ -100,8 +100,13 @@ def deal_experts(
         moe.experts.forward = _experts_forward(moe.experts, moe.router.cfg.num_experts, p, mesh.group("ep"))
         if ep == 1: continue
         where = lambda name, _: [Shard(0)] + [Shard(1 + CUTS[name])] * (tp > 1)
-        distribute(moe.experts, mesh.expert["ep", "tp"] if tp > 1 else mesh.expert["ep"], where)
+        grid = mesh.expert["ep", "tp"] if tp > 1 else mesh.expert["ep"]
+        distribute(moe.experts, grid, where)
         localize(moe.experts, True)
+        for m in moe.experts.children(): # adapters beside the stacks
+            own = m.places(CUTS[m.beside] if tp > 1 else None)
+            distribute(m, grid, lambda name, _, own=own: [Shard(0)] + [Replicate() if own[name] is None else Shard(own[name])] * (tp > 1))
+            localize(m, True)
     return model
 
 # %% ../nbs/28_expert_parallel.ipynb #0f2f6e0a

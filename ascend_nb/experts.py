@@ -62,8 +62,16 @@ class Experts(nn.Module):
     ) -> Tensor: # (T, H)
         "Sort by expert, three products, back to the tokens."
         rows, place, ends = permute(x, chosen, len(self.gate_proj))                 # (T·k, H), sorted by expert
-        y = glu(self.act, grouped_linear(rows, self.gate_proj, ends), grouped_linear(rows, self.up_proj, ends))
-        return unpermute(grouped_linear(y, self.down_proj, ends), place, weights.to(x.dtype))
+        y = glu(self.act, self.product("gate_proj", rows, ends), self.product("up_proj", rows, ends))
+        return unpermute(self.product("down_proj", y, ends), place, weights.to(x.dtype))
+
+    def product(self,
+        which: str, # gate_proj, up_proj or down_proj
+        rows: Tensor, # (T·k, in), sorted by expert
+        ends: list | Tensor # where each expert's rows end
+    ) -> Tensor: # (T·k, out)
+        "Each expert's rows by its own matrix."
+        return grouped_linear(rows, getattr(self, which), ends)
 
 # %% ../nbs/22b_experts.ipynb #c47ae75d
 class Router(nn.Module):

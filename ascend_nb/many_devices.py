@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from .adapter_runs import adapter_run, tuned_model
 from .checkpoint import read_tensors, stored
 from .config import ModelConfig, ParallelConfig, RunConfig
 from .core import UserError, messages, pick_device, rank_info
@@ -142,6 +143,17 @@ def _fill_from_hf(model, folder, mesh, device, dtype):
     model.load_state_dict(state, assign=True)
     return model
 
+def _fill_from_model(model, whole, mesh, device, dtype): # a model that was put together on the host
+    keep, tp, have = cuts(model, mesh), mesh.sizes.tp, whole.state_dict()
+    wide = {k for k, _ in model.named_buffers()}
+    _plain(model, mesh)
+    state = {n: (have[n] if cut is None else have[n].chunk(cut[2], cut[0])[cut[1]]).to(device, torch.float32 if n in wide else dtype, copy=True) for n, cut in keep.items()}
+    for n in state:
+        if tp > 1 and n.endswith(".bias") and CUTS.get(n.split(".")[-2]) == COLUMNS: state[n] /= tp
+    model.load_state_dict(state, assign=True)
+    return model
+
+# %% ../nbs/49_many_devices.ipynb #f64c0020
 def open_model(
     path, # a Hugging Face folder, a run folder or a step
     device="cpu", # where the weights go
@@ -153,7 +165,8 @@ def open_model(
     if mesh is None and not step: return load_model(path, device, dtype)
     where = mesh or Mesh(Sizes())
     model = own_part(shape_of(path), where)
-    model = _fill_from_step(model, find_step(Path(path)), where, device, dtype) if step else _fill_from_hf(model, path, where, device, dtype)
+    if step and adapter_run(path): model = _fill_from_model(model, tuned_model(path), where, device, dtype)
+    else: model = _fill_from_step(model, find_step(Path(path)), where, device, dtype) if step else _fill_from_hf(model, path, where, device, dtype)
     model = model.eval().requires_grad_(False)
     return Spread(model, mesh) if mesh else model
 

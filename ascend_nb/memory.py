@@ -18,10 +18,10 @@ def again(
     module: nn.Module # whose forward is computed again in backward
 ) -> None:
     "Keep the module's inputs only."
-    inner = module.forward
+    inner, draws = module.forward, any(getattr(m, "dropout", 0) for m in module.modules()) # a decoder draws nothing, an adapter may
     def forward(*args, **kw):
         if not torch.is_grad_enabled() or kw.get("cache") is not None: return inner(*args, **kw)
-        return checkpoint(inner, *args, use_reentrant=False, preserve_rng_state=False, **kw) # a decoder draws nothing
+        return checkpoint(inner, *args, use_reentrant=False, preserve_rng_state=draws, **kw)
     module.forward = forward
 
 def away(

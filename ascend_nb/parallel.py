@@ -162,14 +162,14 @@ CUTS = dict(q_proj=ROWS, k_proj=ROWS, v_proj=ROWS, o_proj=COLUMNS,              
 class Cut(ParallelStyle):
     "A linear layer or table cut along one dimension, or not at all, computing on its part."
     def __init__(self,
-        dim: int | None = None, # of the weight; a bias follows rows. None: whole
+        dim: int | dict | None = None, # of the weight; a bias follows rows. None: whole. Or name of a parameter -> its dimension
         summands: bool = True # is it inside a block?
     ): self.dim, self.summands = dim, summands
 
     def _apply(self, module, device_mesh):
         def where(name, p):
-            cut = self.dim is not None and (name != "bias" or self.dim == ROWS)
-            return [Shard(self.dim) if cut else Replicate()]
+            dim = self.dim[name] if isinstance(self.dim, dict) else None if name == "bias" and self.dim == COLUMNS else self.dim
+            return [Replicate() if dim is None else Shard(dim)]
         distribute(module, device_mesh, where)
         return localize(module, self.summands, device_mesh.size() if self.dim == COLUMNS else 1)
 
@@ -220,6 +220,7 @@ def _cut_block(block, tp):
     for name, m in block.named_modules():
         last = name.rpartition(".")[2]
         if last == "experts": Stacked()._apply(m, tp)
+        elif hasattr(m, "beside"): Cut(m.places(CUTS.get(m.beside), tp.get_group()))._apply(m, tp) # an adapter follows the matrix that it is named after
         elif m._parameters and any(p is not None for p in m._parameters.values()): Cut(CUTS.get(last))._apply(m, tp)
     if getattr(block, "slopes", None) is not None: # ALiBi: a number for each head
         n = len(block.slopes) // tp.size()
@@ -249,7 +250,7 @@ class _VocabCE(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, labels, rows, cap, group):
         ctx.save_for_backward(hidden, weight, labels)
-        ctx.how = rows, cap, group
+        ctx.how = rows, cap, group, ctx.needs_input_grad[1]
         loss, *ctx.grads = _vocab_ce(hidden, weight, labels, *ctx.how)
         return loss
 
@@ -262,7 +263,7 @@ class _VocabCE(torch.autograd.Function):
         ctx.grads = [None if n else g for n, g in zip(need, ctx.grads)]
         return *given, None, None, None, None
 
-def _vocab_ce(hidden, weight, labels, rows, cap, group):
+def _vocab_ce(hidden, weight, labels, rows, cap, group, need_w):
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     loss, dh, dw, n = hidden.new_zeros((), dtype=wide), torch.empty_like(hidden), None, len(weight)
     for h, y, d in zip(hidden.split(rows), labels.split(rows), dh.split(rows)):
@@ -279,9 +280,10 @@ def _vocab_ce(hidden, weight, labels, rows, cap, group):
         g = z.div_(both[:, 1:]).scatter_add_(1, at, -mine.to(wide))
         g = (g if not cap else g.mul_(slope)).to(h.dtype)
         torch.mm(g, weight, out=d)
+        if not need_w: continue
         if dw is None: dw = (g.t() @ h).to(wide)
         else: dw.addmm_(g.t(), h) if h.dtype == wide else dw.add_(g.t() @ h)
-    return loss, dh, dw.to(weight.dtype)
+    return loss, dh, dw if dw is None else dw.to(weight.dtype)
 
 # %% ../nbs/25_parallel_layers.ipynb #29731bbb
 def _loss_kernel(group):

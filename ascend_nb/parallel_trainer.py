@@ -25,7 +25,8 @@ class DealtWeights(Weights):
         engine: Engine, # whose models are on `device`
         cfg: TrainConfig, # for the optimizer and the loss scale
         device: torch.device, # where
-        dtype: torch.dtype # what the model computes in
+        dtype: torch.dtype, # what the model computes in
+        rates: dict | None = None # as for `make_optimizer`
     ):
         self.engine, self.device, self.copied, self.kept, off = engine, device, dtype != torch.float32 and not engine.sharded, {}, engine.p.optimizer_offload
         self.apart = self.copied or off # what is updated is not what is computed with
@@ -35,7 +36,7 @@ class DealtWeights(Weights):
         if self.copied:
             for m in engine.models: m.to(dtype)
             for n, p in self.live.items(): p.register_post_accumulate_grad_hook(lambda p, n=n: self._keep(n, p))
-        self.optimizer = make_optimizer(self.named, cfg)
+        self.optimizer = make_optimizer(self.named, cfg, rates)
         self.scaler = torch.amp.GradScaler(device.type, init_scale=cfg.initial_loss_scale, enabled=dtype == torch.float16)
         self.names = {w: n for n, w in self.named.items()}
 
@@ -104,8 +105,8 @@ class ParallelTrainer(Trainer):
 
     def data_parallel_size(self) -> int: return self.mesh.sizes.data
     def make_weights(self) -> Weights:
-        if self.mesh.sizes.world == 1 and len(self.engine.models) == 1: return Weights(self.model, self.cfg, self.device, self.dtype_choice.value, self.engine.p.optimizer_offload)
-        return DealtWeights(self.engine, self.cfg, self.device, self.dtype_choice.value)
+        if self.mesh.sizes.world == 1 and len(self.engine.models) == 1: return Weights(self.model, self.cfg, self.device, self.dtype_choice.value, self.engine.p.optimizer_offload, self.rates)
+        return DealtWeights(self.engine, self.cfg, self.device, self.dtype_choice.value, self.rates)
 
     def compute(self,
         now: Step # its batches are read

@@ -10,6 +10,7 @@ import errno, math
 from dataclasses import replace
 from pathlib import Path
 import torch
+from .adapter_runs import Plan, put_plan
 from .callbacks import Checkpointer, Guards, StopOnSignal, Validation, usual
 from .checkpoint import RunDir, read_tensors
 from .config import ModelConfig, ParallelConfig, RunConfig
@@ -78,9 +79,10 @@ def idle(
 def build_engine(
     cfg: RunConfig, # resolved
     mesh: Mesh, # of this process
-    load=load_model # (path) -> Decoder
+    load=load_model, # (path) -> Decoder
+    plan: Plan | None = None # of the adapter that learns; None: all weights do
 ) -> Engine: # with weights
-    "New weights, or those of `load`, spread over the grid."
+    "New weights, or those of `load`, with an adapter or without, spread over the grid."
     t, p = cfg.train, cfg.parallel
     device = pick_device(t.device).value
     dtype = pick_dtype(t.dtype, device).value
@@ -88,6 +90,7 @@ def build_engine(
     def fill(model):
         if read is None: model.init_weights(t.seed)
         else: model.load_state_dict({k: read[k] for k in model.state_dict()})
+        if plan: put_plan(model, plan)
     return Engine(build_stages(cfg.model, fill, mesh, p, device, dtype), mesh, p, dtype)
 
 def crew(

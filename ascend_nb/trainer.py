@@ -43,12 +43,14 @@ messages(bad_warmup=("Found a warm-up of {warm:g} steps; expected less than lr_d
 # %% ../nbs/41_trainer.ipynb #256ae487
 def make_optimizer(
     weights: dict, # name -> what to update
-    cfg: TrainConfig # lr, weight_decay, adam_*
+    cfg: TrainConfig, # lr, weight_decay, adam_*
+    rates: dict | None = None # end of a name -> factor of its learning rate; none: the same for all
 ) -> torch.optim.Optimizer:
-    "AdamW in two groups: with decay, and (vectors and biases) without."
+    "AdamW in two groups: with decay, and (vectors and biases) without; in more where learning rates differ."
     plain = {n for n, w in weights.items() if w.dim() < 2 or n.endswith(".bias")}
-    groups = [dict(params=[w for n, w in weights.items() if n not in plain], weight_decay=cfg.weight_decay),
-              dict(params=[w for n, w in weights.items() if n in plain], weight_decay=0.)]
+    rate = {n: next((f for end, f in (rates or {}).items() if n.endswith(end)), 1.) for n in weights}
+    groups = [dict(params=[w for n, w in weights.items() if (n in plain, rate[n]) == (flat, f)], weight_decay=0. if flat else cfg.weight_decay, rate=f)
+              for f in dict.fromkeys(rate.values()) for flat in (False, True)]
     return make_adamw([g for g in groups if g["params"]], lr=cfg.lr, betas=(cfg.adam_beta1, cfg.adam_beta2), eps=cfg.adam_eps)
 
 # %% ../nbs/41_trainer.ipynb #928d2761
@@ -59,7 +61,8 @@ class Weights:
         cfg: TrainConfig, # for the optimizer and the loss scale
         device: torch.device, # where
         dtype: torch.dtype, # what the model computes in
-        offload: bool = False # keep fp32 copies and the optimizer in the host's memory
+        offload: bool = False, # keep fp32 copies and the optimizer in the host's memory
+        rates: dict | None = None # as for `make_optimizer`
     ):
         model.to(device)
         self.live, self.device = {n: p for n, p in model.named_parameters() if p.requires_grad}, device
@@ -69,7 +72,7 @@ class Weights:
         model.to(dtype)
         if self.copied:
             for n, p in self.live.items(): p.register_post_accumulate_grad_hook(partial(self._take, self.named[n]))
-        self.optimizer = make_optimizer(self.named, cfg)
+        self.optimizer = make_optimizer(self.named, cfg, rates)
         self.scaler = torch.amp.GradScaler(device.type, init_scale=cfg.initial_loss_scale, enabled=dtype == torch.float16)
         self.names = {w: n for n, w in self.named.items()}
 
@@ -101,7 +104,7 @@ def _update(self: Weights,
     lr: float # learning rate of this step
 ) -> bool: # False: an fp16 overflow, nothing was changed
     "One AdamW step, then forget the gradients."
-    for g in self.optimizer.param_groups: g["lr"] = lr
+    for g in self.optimizer.param_groups: g["lr"] = lr * g["rate"]
     before = self.scaler.get_scale() if self.scaler.is_enabled() else 0
     self.scaler.step(self.optimizer); self.scaler.update()
     self.optimizer.zero_grad(set_to_none=True)
@@ -246,14 +249,15 @@ class Trainer(Loop):
         loader, # endless iterator of Batch with .consumed, .state_dict(), .load_state_dict()
         loss_fn, # (model, batch) -> (sum of losses, number of targets), e.g. causal_lm_loss
         callbacks=(), # Callback objects
-        valid_loader=None # the same for validation
+        valid_loader=None, # the same for validation
+        rates: dict | None = None # end of a parameter's name -> factor of its learning rate
     ):
         self.device_choice = pick_device(cfg.device)
         self.device = self.device_choice.value
         self.dtype_choice: Choice = pick_dtype(cfg.dtype, self.device)
         self.accumulation = cfg.accumulation(self.data_parallel_size())
         lr_at(0, cfg) # refuses an impossible warm-up now
-        self.model, self.cfg, self.loader, self.loss_fn, self.valid_loader = model, cfg, loader, loss_fn, valid_loader
+        self.model, self.cfg, self.loader, self.loss_fn, self.valid_loader, self.rates = model, cfg, loader, loss_fn, valid_loader, rates
         self.callbacks = sorted(callbacks, key=lambda c: c.order)
         self.weights = self.make_weights()
         self.step, self.skipped, self.stopped = 0, 0, ""
@@ -262,7 +266,7 @@ class Trainer(Loop):
         self.valid_start = valid_loader and valid_loader.state_dict()
 
     def data_parallel_size(self) -> int: return 1 # `parallel_trainer` knows more
-    def make_weights(self) -> Weights: return Weights(self.model, self.cfg, self.device, self.dtype_choice.value)
+    def make_weights(self) -> Weights: return Weights(self.model, self.cfg, self.device, self.dtype_choice.value, rates=self.rates)
 
     def call(self,
         event: str, # a method of Callback

@@ -10,13 +10,15 @@ __all__ = ['FREE', 'resolve', 'loaders', 'changed', 'find_resume', 'weights', 'J
 import json as jsonlib, signal
 from dataclasses import dataclass, replace
 from pathlib import Path
+from .adapter_files import save_adapter
+from .adapter_runs import Plan, adapter_run, check_base, fits, idle_tuning, open_tuned, plan_adapter, rates, tuned_model, write_base
+from .adapters import merge_adapter
 from .blends import Loader, build_datasets, collate_for
 from .checkpoint import RunDir
 from .config import ModelConfig, RunConfig
 from .core import UserError, check_space, make_deterministic, messages, rank_info, say, seed_all
 from .convert import as_model
 from .dcp_format import is_step, model_folder, open_step
-from .faults import inject
 from .families import check_length, check_vocab, config_from_hf, config_to_hf
 from .hf_format import load_model, save_model
 from .losses import causal_lm_loss
@@ -27,6 +29,7 @@ from .prepared import prepared
 from .schema import load_yaml, save_yaml, to_dict
 from .spread import build_engine, crew, end, fit_grid, idle, pad_unit, whole_model
 from .tokenizers import load_tokenizer
+from .watchers import watchers
 
 # %% ../nbs/43_training.ipynb #e35baefa
 def _shape(cfg: RunConfig, tokenizer) -> ModelConfig:
@@ -136,6 +139,7 @@ def weights(
 ) -> Decoder: # fp32
     "The model that a run begins with."
     if not is_step(load) or (Path(load) / "config.json").is_file(): return load_model(load)
+    if adapter_run(load): return tuned_model(load)
     return as_model(open_step(load, config_from_hf(model_folder(load))))
 
 # %% ../nbs/43_training.ipynb #7114e793
@@ -148,6 +152,7 @@ class Job:
     tokenizer: object # or None
     begin: int | None # the step it goes on from
     mesh: Mesh # this process in the grid
+    plan: Plan | None = None # of the adapter that learns; None: all weights do
 
 def build(
     cfg: RunConfig, # what the user asked for
@@ -156,16 +161,18 @@ def build(
     "Build a run. Raises UserError for whatever is wrong with it; writes nothing."
     if cfg.train.deterministic: make_deterministic() # before anything makes a process group
     cfg, tokenizer = resolve(cfg)
-    t, run = cfg.train, RunDir(cfg.train.save)
+    t, run, plan = cfg.train, RunDir(cfg.train.save), plan_adapter(cfg)
     mesh = fit_grid(cfg)
-    watchers = inject(cfg.guard.inject, run, mesh.sizes.world, t.train_iters)
+    fits(plan, cfg, mesh.sizes.pp * mesh.sizes.vpp)
+    guards = watchers(cfg, run, mesh.sizes.world, tokenizer)
     data = loaders(cfg, tokenizer, mesh)
     begin = mesh.share(lambda: find_resume(run, cfg))
-    check_space(run.path, 16 * cfg.model.num_params()) # weights, two moments, the finished model
-    seed_all(t.seed)
-    trainer = ParallelTrainer(build_engine(cfg, mesh, weights), t, data["train"], causal_lm_loss, [*crew(run, tokenizer, mesh), *watchers, *callbacks], data.get("valid"))
+    if plan and begin is not None: mesh.share(lambda: check_base(run.path, t.load))
+    check_space(run.path, 12 * (1 + cfg.guard.preflight) * (plan.size if plan else cfg.model.num_params()) + 4 * cfg.model.num_params()) # what learns and its two moments, twice: a step takes the place of an older one when it is whole; the finished model
+    seed_all(t.seed + (mesh.data if plan else 0)) # what adapters draw differs from sample to sample
+    trainer = ParallelTrainer(build_engine(cfg, mesh, weights, plan), t, data["train"], causal_lm_loss, [*crew(run, tokenizer, mesh), *guards, *callbacks], data.get("valid"), rates(cfg.tune))
     if begin is not None: trainer.restore(run, begin, checked=True)
-    return Job(cfg, run, trainer, tokenizer, begin, mesh)
+    return Job(cfg, run, trainer, tokenizer, begin, mesh, plan)
 
 # %% ../nbs/43_training.ipynb #35e545ca
 def describe(
@@ -177,8 +184,9 @@ def describe(
     tokens = f", up to {seen * d.seq_length:,} tokens" if t.stage == "sft" else f", {seen * d.seq_length:,} tokens"
     return [f"device    {tr.device_choice}", f"dtype     {tr.dtype_choice}",
             f"model     {m.model_type}, {m.num_params():,} parameters, {'from ' + t.load if t.load else f'new weights, seed {t.seed}'}",
+            *([f"adapter   {job.plan}"] if job.plan else []),
             f"data      {' '.join(d.data_path or d.train_data_path)}: {samples:,} samples of {'at most ' if t.stage == 'sft' else ''}{d.seq_length} tokens",
-            *([f"grid      {job.mesh.sizes}"] if job.mesh.sizes.world > 1 else []), *(f"note      {x}" for x in idle(job.cfg.parallel, m, job.mesh)),
+            *([f"grid      {job.mesh.sizes}"] if job.mesh.sizes.world > 1 else []), *(f"note      {x}" for x in (*idle(job.cfg.parallel, m, job.mesh), *idle_tuning(job.cfg.tune))),
             f"step      {t.micro_batch_size} samples x {tr.accumulation} micro-batches{f' x {dp} data parallel' if dp > 1 else ''} = {t.micro_batch_size * tr.accumulation * dp}",
             f"length    {t.train_iters} steps, {seen:,} samples{tokens}; lr {t.lr:g}, {t.lr_decay_style}",
             f"run       {job.run.path}" + (f", going on from step {job.begin}" if job.begin else "")]
@@ -192,11 +200,21 @@ def _help(job: Job) -> dict:
 def export(
     job: Job # whose training is done
 ) -> Path: # RUN/hf
-    "Write the model as a folder that transformers opens."
+    "Write the model as a folder that transformers opens; of an adapter PEFT's folder too, and the model with it merged. What was trained in one process is merged in place."
     base = jsonlib.loads((model_folder(job.cfg.train.load) / "config.json").read_text(encoding="utf-8")) if job.cfg.train.load else None
-    model = job.trainer.model if job.mesh.sizes.world == 1 else whole_model(job.run, job.trainer.step, job.cfg.model)
+    alone, step = job.mesh.sizes.world == 1, job.trainer.step
+    model = job.trainer.model if alone else open_tuned(job.run.step_path(step)) if job.plan else whole_model(job.run, step, job.cfg.model)
+    if job.plan: _export_adapter(job, model)
     return save_model(model, job.run.hf_path, job.tokenizer, base)
 
+def _export_adapter(job, model): # RUN/adapter; afterwards it is in the model's matrices
+    try: say(f"adapter   {save_adapter(model, job.run.path / 'adapter', base=job.cfg.train.load, replace=True)}")
+    except UserError as e:
+        if e.key != "adapter_stack": raise
+        say(e)
+    say(f"merged    {merge_adapter(model, keep=False)}")
+
+# %% ../nbs/43_training.ipynb #dba8f89a
 def result(
     job: Job, # trained
     hf: Path | None # the exported folder
@@ -229,6 +247,7 @@ def _run(cfg, json):
     with job.run.lock():
         job.run.sweep()
         save_yaml(job.cfg, job.run.config_path)
+        if job.plan: write_base(job.run.path, job.plan, job.cfg.train.load)
         done = job.begin is not None and job.trainer.step >= cfg.train.train_iters
         if done: say(f"The run is finished already: step {job.trainer.step} of {cfg.train.train_iters}.")
         else: job.trainer.fit()

@@ -2,13 +2,15 @@
 import json
 import os
 import sys
+import zlib
 
 import numpy as np
 import torch
 
+from ascend_nb.adapter_runs import fits, plan_adapter, put_plan, rates
 from ascend_nb.callbacks import Checkpointer
 from ascend_nb.checkpoint import RunDir
-from ascend_nb.config import ModelConfig, ParallelConfig, TrainConfig
+from ascend_nb.config import ModelConfig, ParallelConfig, RunConfig, TrainConfig, TuneConfig
 from ascend_nb.core import UserError
 from ascend_nb.datasets import Batch, Loader, Sample, collate_gpt
 from ascend_nb.engine import Engine, build_stages
@@ -44,7 +46,18 @@ def batches(n, packed, masked=True):
     return out
 
 
-def make(cfg, mesh, p, dtype=torch.float32): return Engine(build_stages(cfg, lambda m: m.init_weights(), mesh, p, "cpu", dtype), mesh, p, dtype)
+def make(cfg, mesh, p, dtype=torch.float32, tune=None, fresh=True):
+    "An engine of new weights; tune: with an adapter, fresh or as after some training."
+    plan = plan_adapter(RunConfig(model=cfg, train=TrainConfig(load="anything"), tune=TuneConfig(**tune))) if tune else None
+    if plan: fits(plan, RunConfig(model=cfg, parallel=p), mesh.sizes.pp * mesh.sizes.vpp)
+    def fill(m):
+        m.init_weights()
+        if not plan: return
+        put_plan(m, plan)
+        with torch.no_grad():
+            for n, w in m.named_parameters():
+                if n.endswith(".B") and not fresh: w.copy_(.05 * torch.randn(w.shape, generator=torch.Generator().manual_seed(zlib.crc32(n.encode()))))
+    return Engine(build_stages(cfg, fill, mesh, p, "cpu", dtype), mesh, p, dtype)
 
 
 def mesh_of(p, cfg, world, micro):
@@ -58,12 +71,13 @@ def parity(case, world):
     data = batches(8, case.get("packed", False))
     targets = sum(b.num_targets for b in data)
     alone = ParallelConfig(**{k: v for k, v in case["parallel"].items() if k.startswith("moe_")})
-    one = make(cfg, Mesh(Sizes()), alone)
+    tune = case.get("tune")
+    one = make(cfg, Mesh(Sizes()), alone, tune=tune, fresh=False)
     want = float(sum(one.step(data, causal_lm_loss, targets, "cpu")))
     grads = one.gradients()
     length = float(one.length(grads))
     mesh = mesh_of(p, cfg, world, 8 // p.data_parallel_size(world))
-    many = make(cfg, mesh, p)
+    many = make(cfg, mesh, p, tune=tune, fresh=False)
     mine = data[mesh.data::mesh.sizes.data]
     loss = float(many.total([float(sum(many.step(mine, causal_lm_loss, targets, "cpu")))])[0])
     got = many.gradients()
@@ -89,7 +103,8 @@ def curve(case, world):
     t = TrainConfig(train_iters=case.get("steps", 20), lr=2e-3, micro_batch_size=2, global_batch_size=8, device="cpu", dtype=dtype)
     rows = []
     for mesh, how in ((Mesh(Sizes()), ParallelConfig()), (mesh_of(p, cfg, world, 4 // p.data_parallel_size(world)), p)):
-        tr = ParallelTrainer(make(cfg, mesh, how, getattr(torch, DTYPES[dtype])), t, Loader(data, 2, collate_gpt, rank=mesh.data, world=mesh.sizes.data), causal_lm_loss).fit()
+        engine = make(cfg, mesh, how, getattr(torch, DTYPES[dtype]), case.get("tune"))
+        tr = ParallelTrainer(engine, t, Loader(data, 2, collate_gpt, rank=mesh.data, world=mesh.sizes.data), causal_lm_loss, rates=rates(TuneConfig(**case.get("tune") or {}))).fit()
         rows.append(np.array([[r["loss"], r["grad_norm"], r["tokens"], r["trained_tokens"]] for r in tr.rows]))
     far = np.abs(rows[1] - rows[0])
     return dict(loss=float(far[:, 0].max()), norm=float((far[:, 1] / rows[0][:, 1]).max()), tokens=float(far[:, 2:].max()))
@@ -103,7 +118,7 @@ def resume(case, world):
     def trainer(p, callbacks=()):
         mesh = Mesh(Sizes()) if p is None else mesh_of(p, cfg, world, 4 // p.data_parallel_size(world))
         loader = Loader(data, 2, collate_gpt, rank=mesh.data, world=mesh.sizes.data)
-        return ParallelTrainer(make(cfg, mesh, p or ParallelConfig()), t, loader, causal_lm_loss, callbacks)
+        return ParallelTrainer(make(cfg, mesh, p or ParallelConfig(), tune=case.get("tune")), t, loader, causal_lm_loss, callbacks)
     run = RunDir(case["folder"])
     stayed = trainer(there, [Checkpointer(run)]).fit()
     gone = trainer(None if case["alone"] else here)

@@ -13,10 +13,14 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ascend_nb.adapter_files import load_adapter, save_adapter
-from ascend_nb.adapters import LoraSpec, adapter_groups, add_adapter, book, disabled, find_targets, merge_adapter, pairs, remove_adapter, unmerge_adapter, use_adapter, wholes
+from ascend_nb.adapters import LoraSpec, add_adapter, book, disabled, find_targets, merge_adapter, pairs, remove_adapter, unmerge_adapter, use_adapter, wholes
+from ascend_nb.adapter_runs import rates
+from ascend_nb.config import TrainConfig
 from ascend_nb.core import UserError
 from ascend_nb.hf_format import load_model, save_model
 from ascend_nb.model import Decoder
+from ascend_nb.trainer import make_optimizer
+from ascend_nb.tuning import LoraConfig as LoraKnobs
 
 @pytest.fixture(scope="module")
 def homes(tmp_path_factory): return small_bases(tmp_path_factory.mktemp("bases"))
@@ -28,6 +32,9 @@ def shake(model, size=0.05, seed=3):
     with torch.no_grad():
         for _, p in sorted(model.named_parameters()):
             if p.requires_grad: p.add_(torch.randn(p.shape, generator=g) * size)
+
+
+def learning(model): return {n: p for n, p in model.named_parameters() if p.requires_grad}
 
 
 def loss_of(logits): return F.cross_entropy(logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
@@ -152,7 +159,7 @@ def test_training_lowers_the_loss_and_leaves_the_base(homes, kind):
     ours = load_model(homes / "tied").train()
     before = {k: v.clone() for k, v in ours.state_dict().items()}
     add_adapter(ours, LoraSpec(4, 8, **kind))
-    optimizer = torch.optim.AdamW(adapter_groups(ours, 1e-3, ratio=4))
+    optimizer = make_optimizer(learning(ours), TrainConfig(lr=1e-3), rates(LoraKnobs(lora_target_modules=["all-linear"], loraplus_lr_ratio=4)))
     losses = []
     for _ in range(10):
         loss = loss_of(ours(IDS))
@@ -202,7 +209,9 @@ def test_groups_of_lora_plus_are_those_of_peft(homes, tmp_path):
     load_adapter(ours, tmp_path / "a")
     want = create_loraplus_optimizer(peft, torch.optim.AdamW, lr=1e-4, loraplus_lr_ratio=16, loraplus_weight_decay=0.1).param_groups
     rate = lambda groups, pick: {round(g["lr"], 9) for g in groups for p in g["params"] if any(p is q for q in pick)}
-    got = adapter_groups(ours, 1e-4, weight_decay=0.1)
+    knobs = LoraKnobs(lora_target_modules=["all-linear"], loraplus_lr_ratio=16)
+    got = make_optimizer(learning(ours), TrainConfig(lr=1e-4, weight_decay=0.1), rates(knobs)).param_groups
+    for g in got: g["lr"] *= g["rate"]  # as `Weights.update` does at every step
     for side in ("A", "B"):
         mine = [getattr(p, side) for p in pairs(ours, "default").values()]
         them = [p for n, p in peft.named_parameters() if f"lora_{side}." in n]
