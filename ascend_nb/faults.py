@@ -140,7 +140,7 @@ def _spoil(t, f): t.now.batches[0].input_ids[0, 0] = 2**40
 
 def _shuffle(t, f):
     g = torch.Generator().manual_seed(f.step)
-    for b in t.now.batches: b.labels[b.labels != -100] = b.labels[b.labels != -100][torch.randperm(int((b.labels != -100).sum()), generator=g)]
+    for b in t.now.batches: b.labels[b.labels != -100] = torch.randint(int(b.labels.max()) + 1, (int((b.labels != -100).sum()),), generator=g)
 
 ACTIONS = {"kill": _die(signal.SIGKILL), "term": _die(signal.SIGTERM), "hang": _hang, "error": _raise, "memory": _memory, "flip": _flip, "bad_batch": _spoil, "spike": _shuffle,
            "nan": lambda t, f: _gradient(t).view(-1)[0].fill_(float("nan")), "slow": lambda t, f: time.sleep(f.seconds)}
