@@ -95,11 +95,12 @@ def _in_all(t, yes): # is it so in every process? They must go on, or stop, at t
 
 # %% ../nbs/42_callbacks.ipynb #f259e041
 class Checkpointer(Callback):
-    "A saved step each save_interval and at the end or a stop; the newest `keep_last` stay."
+    "A saved step each save_interval and at the end or a stop; the newest `keep_last` stay, and those that are a multiple of `keep_every`."
     order = 80
     def __init__(self,
-        run: RunDir # where
-    ): self.run, self.writer = run, None
+        run: RunDir, # where
+        keep_every: int = 0 # see GuardConfig; 0: keep_last alone counts
+    ): self.run, self.keep_every, self.writer = run, keep_every, None
 
     def before_fit(self, t): self.saved, self.writer = t.step, Writer() if t.cfg.async_save else None
     def after_step(self, t):
@@ -129,7 +130,7 @@ class Checkpointer(Callback):
         if self.writer and self.writer.finish(): self.prune(t)
 
     def prune(self, t: Trainer) -> None: # t: keep_last
-        if rank_info().is_main: self.run.prune(t.cfg.keep_last) # one process of many: two would rename the same folder
+        if rank_info().is_main: self.run.prune(t.cfg.keep_last, self.keep_every) # one process of many: two would rename the same folder
 
 # %% ../nbs/42_callbacks.ipynb #bf3b50c1
 class StopOnSignal(Callback):
@@ -280,8 +281,9 @@ Guards.fail = _fail
 # %% ../nbs/42_callbacks.ipynb #95434402
 def usual(
     run: RunDir, # where they write
-    tokenizer=None # for the guards
+    tokenizer=None, # for the guards
+    keep_every: int = 0 # for the checkpoints
 ) -> list: # of Callback
     "The callbacks of `ascend_nb train`. Event files only where tensorboard is installed."
     tb = [TensorBoard(run)] if importlib.util.find_spec("tensorboard") else []
-    return [StopOnSignal(), StopOnRequest(run), Guards(run, tokenizer), Validation(), MetricsLog(run), *tb, Checkpointer(run), ProgressBar()]
+    return [StopOnSignal(), StopOnRequest(run), Guards(run, tokenizer), Validation(), MetricsLog(run), *tb, Checkpointer(run, keep_every), ProgressBar()]

@@ -14,6 +14,7 @@ from .adapter_files import save_adapter
 from .adapter_runs import Plan, adapter_run, check_base, fits, idle_tuning, open_tuned, plan_adapter, rates, tuned_model, write_base
 from .adapters import merge_adapter
 from .blends import Loader, build_datasets, collate_for
+from .breath import rescue
 from .checkpoint import RunDir
 from .config import ModelConfig, RunConfig
 from .core import UserError, check_space, make_deterministic, messages, rank_info, say, seed_all
@@ -21,6 +22,7 @@ from .convert import as_model
 from .dcp_format import is_step, model_folder, open_step
 from .families import check_length, check_vocab, config_from_hf, config_to_hf
 from .hf_format import load_model, save_model
+from .last_breath import lifelines
 from .losses import causal_lm_loss
 from .mesh import Mesh, Sizes
 from .model import Decoder
@@ -114,7 +116,11 @@ def find_resume(
     "Where to begin. Raises UserError for steps that must not be overwritten, and for a config that does not continue them."
     how = cfg.train.resume
     if how == "never" and run.folders(): raise UserError("run_exists", path=run.path, steps=", ".join(map(str, run.folders())))
-    step = run.latest(say) if how != "never" else None
+    step = None
+    if how != "never":
+        step = run.latest(say)
+        if (run.path / "breath").is_dir():
+            with run.lock(): step = rescue(run, step, say)
     if step is None:
         if how == "must": raise UserError("nothing_to_resume", path=run.path)
         return None
@@ -158,7 +164,7 @@ def build(
     cfg: RunConfig, # what the user asked for
     callbacks=() # more Callback objects than the usual ones
 ) -> Job:
-    "Build a run. Raises UserError for whatever is wrong with it; writes nothing."
+    "Build a run. Raises UserError for whatever is wrong with it; writes nothing, but for a step that the survivors of an accident have left in parts."
     if cfg.train.deterministic: make_deterministic() # before anything makes a process group
     cfg, tokenizer = resolve(cfg)
     t, run, plan = cfg.train, RunDir(cfg.train.save), plan_adapter(cfg)
@@ -170,7 +176,7 @@ def build(
     if plan and begin is not None: mesh.share(lambda: check_base(run.path, t.load))
     check_space(run.path, 12 * (1 + cfg.guard.preflight) * (plan.size if plan else cfg.model.num_params()) + 4 * cfg.model.num_params()) # what learns and its two moments, twice: a step takes the place of an older one when it is whole; the finished model
     seed_all(t.seed + (mesh.data if plan else 0)) # what adapters draw differs from sample to sample
-    trainer = ParallelTrainer(build_engine(cfg, mesh, weights, plan), t, data["train"], causal_lm_loss, [*crew(run, tokenizer, mesh), *guards, *callbacks], data.get("valid"), rates(cfg.tune))
+    trainer = ParallelTrainer(build_engine(cfg, mesh, weights, plan), t, data["train"], causal_lm_loss, [*crew(run, tokenizer, mesh, cfg.guard.keep_every), *lifelines(cfg.guard, run, mesh.main), *guards, *callbacks], data.get("valid"), rates(cfg.tune))
     if begin is not None: trainer.restore(run, begin, checked=True)
     return Job(cfg, run, trainer, tokenizer, begin, mesh, plan)
 
