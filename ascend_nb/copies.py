@@ -109,6 +109,7 @@ class Copies(Callback):
         raise UserError("copies_alone" if rest else "copies_two", step=t.step, name=name, n=len(found), ranks=", ".join(map(str, alone)), rest=", ".join(map(str, rest)),
                         good=max((s for s in self.run.steps() if s < t.step), default="-"))
 
+# %% ../nbs/42g_copies.ipynb #29146ce1
 messages(
     copies_alone=("The weight {name} of rank {ranks} differs in its bits from that of ranks {rest} after step {step} ({n} weights in all); expected copies to be the same. Nothing of it was saved. Have the device of rank {ranks} checked; the same command goes on from step {good}.",
                   "第 {step} 步后，rank {ranks} 的权重 {name} 与 rank {rest} 的副本不一致（共 {n} 个权重）；各副本应完全相同。未保存任何内容。请检查 rank {ranks} 的设备；同一命令将从第 {good} 步继续。"),

@@ -95,15 +95,14 @@ class Retry(Callback):
         if path and bad is not None: keep_batch(path, t.now.batches[bad], self.start["consumed"])
         raise UserError("damaged_batch", step=t.now.number, high=self.vocab_size - 1, rank=ranks[0], times=self.tried + 1, kept=f" The batch is in {path}." if path else "")
 
-    def damaged(self, b) -> bool: # b: a Batch on the host
-        return bool((b.input_ids < 0).any() or (b.input_ids >= self.vocab_size).any() or (b.labels >= self.vocab_size).any())
-
     def before_update(self, t):
         now = t.read()[-1]
         bad = next((f"a {what} of {x}" for what, x in (("loss", now.loss), ("gradient norm", now.grad_norm)) if not math.isfinite(x) and not t.weights.scaler.is_enabled()), "")
         if bad and self.tried < self.times: raise Passing(bad)
 
 # %% ../nbs/42e_retry.ipynb #805cd108
+def _damaged(self: Retry, b) -> bool: return bool((b.input_ids < 0).any() or (b.input_ids >= self.vocab_size).any() or (b.labels >= self.vocab_size).any()) # b: a Batch on the host
+
 def _where(self: Retry,
     t: Trainer, # in a step
     here: bool # is it so in this process?
@@ -123,6 +122,9 @@ def _back(self: Retry,
     t.loader.load_state_dict(self.start)
     set_rng(self.rng, t.device)
 
+Retry.damaged, Retry.where, Retry.back = _damaged, _where, _back
+
+# %% ../nbs/42e_retry.ipynb #fddb559c
 def _restore(self: Retry,
     t: Trainer # whose weights cannot be trusted
 ) -> None:
@@ -149,4 +151,4 @@ def _again(self: Retry, t, error):
         say(f"step {t.step + 1} is done again ({self.tried} of {self.times}): {words or error}")
     return True
 
-Retry.where, Retry.back, Retry.restore, Retry.again = _where, _back, _restore, _again
+Retry.restore, Retry.again = _restore, _again

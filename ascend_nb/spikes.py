@@ -65,6 +65,7 @@ class Spikes(Callback):
         facts = dict(facts, loss=f"{facts['loss']:.4f}", limit=f"{facts['limit']:.4f}")
         raise UserError("loss_spike" if row <= IN_A_ROW else "loss_stays", row=row, kept=f" A micro-batch is in {path}." if path else "", **facts)
 
+# %% ../nbs/42f_spikes.ipynb #781dd187
 messages(
     loss_spike=("The loss of step {step} is {loss} in samples {samples}; expected at most {limit} after the losses before it.{kept} Look at the samples, or use on_spike=skip, a larger spike_factor or a lower lr.",
                 "第 {step} 步样本 {samples} 的 loss 为 {loss}；按之前的 loss 应不超过 {limit}。{kept}请检查这些样本，或使用 on_spike=skip、增大 spike_factor、降低 lr。"),
