@@ -99,6 +99,7 @@ def build_engine(
     cfg: RunConfig, # resolved
     mesh: Mesh, # of this process
     load=load_model, # (path) -> Decoder
+    make: type = Decoder, # class of the model
     plan: Plan | None = None # of the adapter that learns; None: all weights do
 ) -> Engine: # with weights
     "New weights, or those of `load`, with an adapter or without, spread over the grid."
@@ -110,7 +111,7 @@ def build_engine(
         if read is None: model.init_weights(t.seed)
         else: model.load_state_dict({k: read[k] for k in model.state_dict()})
         if plan: put_plan(model, plan)
-    return Engine(build_stages(cfg.model, fill, mesh, p, device, dtype), mesh, p, dtype)
+    return Engine(build_stages(cfg.model, fill, mesh, p, device, dtype, make), mesh, p, dtype)
 
 def crew(
     run: RunDir, # where the first process writes
@@ -125,10 +126,11 @@ def crew(
 def whole_model(
     run: RunDir, # with a saved step
     step: int, # which
-    cfg: ModelConfig # of the model
+    cfg: ModelConfig, # of the model
+    make: type = Decoder # its class
 ) -> Decoder: # on the CPU, in fp32
     "Put a model together from a step that many processes wrote. Called by one of them."
-    model = Decoder(cfg)
+    model = make(cfg)
     read_tensors(run.step_path(step), {f"model.{n}": p.detach() for n, p in model.named_parameters()} | {f"buffer.{n}": b for n, b in model.named_buffers()}, alone=True)
     return model.eval()
 
