@@ -242,7 +242,7 @@ class Clock(Callback):
             if r.get("recovered_s") is not None: say(f"{r.get('fault') or r['what']}: {r['recovered_s']:.1f} s until the run had done a step that it had not done before")
 
 # %% ../nbs/42c_faults.ipynb #26881931
-_QUIET = "start", "step", "end" # what is no incident
+_QUIET = "start", "step", "end", "links" # what is no incident
 
 def timeline(
     run: RunDir # whose run was disturbed

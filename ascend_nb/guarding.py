@@ -23,4 +23,5 @@ class GuardConfig:
     on_spike: str = knob("skip", choices=("skip", "stop"), advanced=True) # leave the step's samples out, or stop and keep a batch
     corruption_interval: int = knob(0, low=0, advanced=True) # steps between comparisons of the copies of every weight, which then come before each save too; 0: never
     preflight: bool = knob(True, advanced=True) # before the first step: room for two checkpoints, clocks, the speed between processes
+    slow_factor: float = knob(1.5, low=0, advanced=True) # a process that takes more than this times the median is named in the log; 0: nobody's time is compared
     inject: str = knob("", advanced=True) # faults made on purpose, e.g. kill:rank=1,step=7; nan:step=9

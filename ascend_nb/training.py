@@ -8,7 +8,7 @@ __all__ = ['FREE', 'resolve', 'loaders', 'changed', 'find_resume', 'weights', 'J
 
 # %% ../nbs/43_training.ipynb #7f45f9bf
 import json as jsonlib, signal
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from .adapter_files import save_adapter
 from .adapter_runs import Plan, adapter_run, check_base, fits, idle_tuning, open_tuned, plan_adapter, rates, tuned_model, write_base
@@ -26,6 +26,7 @@ from .last_breath import lifelines
 from .mesh import Mesh, Sizes
 from .model import Decoder
 from .parallel_trainer import ParallelTrainer
+from .preflight import preflight
 from .prepared import prepared
 from .schema import load_yaml, save_yaml, to_dict
 from .spread import build_engine, crew, end, fit_grid, idle, pad_unit, whole_model
@@ -163,6 +164,7 @@ class Job:
     begin: int | None # the step it goes on from
     mesh: Mesh # this process in the grid
     plan: Plan | None = None # of the adapter that learns; None: all weights do
+    flight: list = field(default_factory=list) # what was measured before the first step, as lines for people
     reference: Reference | None = None # what the reference model says of the data; none: the stage needs none
 
 def build(
@@ -188,7 +190,7 @@ def build(
     reference = reference_of(cfg, data, mesh, run, trainer.dtype_choice.value)
     if reference and not reference.find(fresh=begin is None) and begin is not None: ask_reference(reference, cfg, trainer, weights) # while the model is what it was
     if begin is not None: trainer.restore(run, begin, checked=True)
-    return Job(cfg, run, trainer, tokenizer, begin, mesh, plan, reference)
+    return Job(cfg, run, trainer, tokenizer, begin, mesh, plan, preflight(mesh) if cfg.guard.preflight else [], reference)
 
 # %% ../nbs/43_training.ipynb #35e545ca
 def describe(
@@ -203,7 +205,7 @@ def describe(
             f"model     {m.model_type}, {m.num_params():,} parameters, {'from ' + t.load if t.load else f'new weights, seed {t.seed}'}",
             *([f"adapter   {job.plan}"] if job.plan else []),
             f"data      {' '.join(d.data_path or d.train_data_path)}: {samples:,} {what} of {most}{d.seq_length} tokens",
-            *([f"grid      {job.mesh.sizes}"] if job.mesh.sizes.world > 1 else []), *(f"note      {x}" for x in (*idle(job.cfg.parallel, m, job.mesh), *idle_tuning(job.cfg.tune), *idle_knobs(job.cfg))),
+            *([f"grid      {job.mesh.sizes}"] if job.mesh.sizes.world > 1 else []), *job.flight, *(f"note      {x}" for x in (*idle(job.cfg.parallel, m, job.mesh), *idle_tuning(job.cfg.tune), *idle_knobs(job.cfg))),
             f"step      {t.micro_batch_size} samples x {tr.accumulation} micro-batches{f' x {dp} data parallel' if dp > 1 else ''} = {t.micro_batch_size * tr.accumulation * dp}",
             f"length    {t.train_iters} steps, {seen:,} {what}, {most.replace('at most', 'up to')}{seen * d.seq_length * (1 + (kind == 'pair')):,} tokens; lr {t.lr:g}, {t.lr_decay_style}",
             f"run       {job.run.path}" + (f", going on from step {job.begin}" if job.begin else "")]

@@ -11,6 +11,7 @@ from .config import RunConfig
 from .copies import Copies
 from .core import rank_info
 from .faults import inject
+from .preflight import Pace
 from .retry import Retry
 from .spikes import Spikes
 
@@ -25,5 +26,6 @@ def watchers(
     g, out = cfg.guard, inject(cfg.guard.inject, run, world, cfg.train.train_iters)
     if g.step_retries: out.append(Retry(g.step_retries, run, cfg.model.vocab_size, g.step_copy))
     if g.spike_factor: out.append(Spikes(g.spike_factor, g.on_spike == "stop", run, tokenizer))
+    if g.slow_factor and world > 1: out.append(Pace(g.slow_factor))
     if g.corruption_interval: out.append(Copies(g.corruption_interval, run))
     return out

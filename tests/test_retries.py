@@ -57,6 +57,16 @@ def test_a_spike_is_left_out_and_decided_alike_after_a_stop(tales, tmp_path):
     assert state["skipped"] == 1 and len(state["notes"]["losses"]) == 23
 
 
+def test_there_is_room_for_two_checkpoints_and_the_model(tales, tmp_path, monkeypatch):
+    "Weights and two moments in fp32, twice, and the finished model; without preflight once."
+    from ascend_nb import training
+    asked = []
+    monkeypatch.setattr(training, "check_space", lambda path, need: asked.append(need))
+    for flags in ([], ["--preflight", "false"]): assert Run(tmp_path / "run", tales)("--train-iters", "1", "--resume", "auto", "--save", str(tmp_path / str(len(flags))), *flags)[0] == 0
+    n = sum(t.numel() for k, t in tensors(tmp_path / "0" / "step_0000001").items() if k.startswith("model."))
+    assert asked == [28 * n, 16 * n]
+
+
 def test_a_limit_is_that_of_a_normal_deviation():
     losses = torch.randn(64, generator=torch.Generator().manual_seed(0)).mul(.2).add(3).tolist()
     assert spike_limit(losses, 5) == pytest.approx(float(torch.tensor(losses[-16:]).median()) + 5 * .2, rel=.1)
@@ -72,10 +82,13 @@ def test_only_errors_of_the_memory_are_taken_for_such():
 def test_accidents_in_four_processes(calm, tales, tmp_path):
     "A gradient of rank 1 and a batch of rank 2: all four go back together. A slow rank is only slow."
     job = Run(tmp_path / "run", tales, 4)
-    code, out, err = job("--inject", "nan:rank=1,step=3; bad_batch:rank=2,step=5; nan:rank=3,step=5; slow:rank=2,seconds=0.05", "--step-retries", "2")
+    code, out, err = job("--inject", "nan:rank=1,step=3; bad_batch:rank=2,step=5; nan:rank=3,step=5; slow:rank=2,seconds=0.5", "--step-retries", "2")
     assert code == 0, err
     same(calm(4), job.run)
     assert [x for x in whats(job.run) if x[0] == "retry"] == [("retry", 3), ("retry", 5), ("retry", 5)] and "a damaged batch in rank 2" in err and not job.left
+    assert re.search(r"links     tp [\d.]+ GB/s, fsdp [\d.]+ GB/s; measured in [01]\.\d s", err), "before the first step"
+    named = [r.get("slow_ranks") for r in job.run.rows() if "loss" in r]
+    assert named.count([2]) >= STEPS - 2 and "rank 2 keeps the others waiting: 0.5" in err and all(len(r["rank_s"]) == 4 for r in job.run.rows() if "loss" in r)
 
 
 @pytest.mark.slow
