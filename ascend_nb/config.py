@@ -16,7 +16,7 @@ from .guarding import GuardConfig
 from .measuring import CompareConfig, EvalConfig # noqa: F401
 from .serving import ServeConfig # noqa: F401
 from .shapes import ModelConfig, ShapeConfig
-from .tuning import DATA_OF, TuneConfig
+from .tuning import AdapterConfig, DATA_OF, TuneConfig
 
 # %% ../nbs/03_config.ipynb #55492ffa
 @dataclass
@@ -242,7 +242,7 @@ class SampleConfig:
     seed: int = 1234 # of the draws
 
 @dataclass(kw_only=True)
-class GenerateConfig(SampleConfig):
+class GenerateConfig(SampleConfig, AdapterConfig):
     "Continue a text. stdout carries the continuation only."
     model: str = knob() # Hugging Face folder, or a run folder or step of `train`
     prompt: str = knob("") # text to continue; empty: read from stdin
@@ -254,7 +254,7 @@ class GenerateConfig(SampleConfig):
 
 # %% ../nbs/03_config.ipynb #84a35a56
 @dataclass(kw_only=True)
-class ChatConfig(SampleConfig):
+class ChatConfig(SampleConfig, AdapterConfig):
     "Talk with a model; q, quit or exit leaves, clear or new forgets."
     model: str = knob() # Hugging Face folder, or a run folder or step of `train`
     system: str = "" # system prompt; empty: the template's own

@@ -21,6 +21,8 @@ from .guarding import GuardConfig
 from .hf_format import load_model
 from .mesh import Mesh, check, join, leave
 from .model import Decoder
+from .neftune import add_noise
+from .nf4 import pack
 from .pipeline import schedule_name
 from .schema import to_dict
 
@@ -110,9 +112,14 @@ def build_engine(
     def fill(model):
         if read is None: model.init_weights(t.seed)
         else: model.load_state_dict({k: read[k] for k in model.state_dict()})
+        if cfg.tune.qlora_nf4: pack(model)
         if plan: put_plan(model, plan)
-    return Engine(build_stages(cfg.model, fill, mesh, p, device, dtype, make), mesh, p, dtype)
+    stages = build_stages(cfg.model, fill, mesh, p, device, dtype, make)
+    for m in stages.values():
+        if cfg.tune.neftune_noise_alpha: add_noise(m, cfg.tune.neftune_noise_alpha, mesh)
+    return Engine(stages, mesh, p, dtype)
 
+# %% ../nbs/42a_spread.ipynb #c3e3dc10
 def crew(
     run: RunDir, # where the first process writes
     tokenizer, # or None

@@ -16,7 +16,7 @@ from ascend_nb import config
 from ascend_nb.core import UserError
 from ascend_nb.flag_table import CONFIGS, KINDS, Flags, find_row, flag_file, flag_table, words_to_flags
 from ascend_nb.launch_scripts import launches, read_script, whole_sum
-from ascend_nb.schema import from_dict, knobs, to_dict
+from ascend_nb.schema import from_dict, knobs, parse_args, to_dict
 from ascend_nb.scripts import config_of, draft_of, import_text, train_words, yaml_text
 
 SAMPLE = ROOT / "data_samples" / "pretrain_tales_ptd.sh"
@@ -274,3 +274,17 @@ def test_the_imported_run_is_the_run_of_the_flags(tmp_path):
     by_flags = loss([*here, *one.args, "--dtype", "fp32", *single], "b")
     by_two = loss(["torchrun", "--standalone", "--nproc-per-node", "2", "-m", "ascend_nb.cli", "train", "--config", str(tmp_path / "run.yaml"), "--device", "cpu", "--json", "--data-cache-path", str(tmp_path / "cache")], "c")
     assert by_yaml == by_flags and by_two == pytest.approx(by_yaml, abs=1e-4)
+
+
+def test_a_lora_script_becomes_knobs(capfd):
+    "ModelLink's flags of adapters, in a script and on our own command line; what needs nothing here is told."
+    text = ("torchrun --nproc_per_node 2 pretrain_gpt.py --tensor-model-parallel-size 2 --num-layers 2 --hidden-size 64 --num-attention-heads 4 --micro-batch-size 1 --train-iters 5 --normalization RMSNorm "
+            "--swiglu --disable-bias-linear --position-embedding-type rope --data-path d --load ckpt/base --lora-r 8 --lora-alpha 24 --lora-dropout 0.05 --lora-fusion --lora-register-forward-hook word_embeddings "
+            "input_layernorm --lora-target-modules query_key_value dense dense_h_to_4h dense_4h_to_h --qlora-nf4\n")
+    made = import_text(text, "tune.sh")
+    t = made.cfg.tune
+    assert (t.lora_r, t.lora_alpha, t.lora_dropout, t.qlora_nf4) == (8, 24.0, 0.05, True) and t.lora_target_modules == "query_key_value dense dense_h_to_4h dense_4h_to_h".split()
+    assert not made.unknown and not made.heavy and {f.kind for f in made.fates if "lora" in f.flag} == {"same", "unneeded"}
+    words = train_words("--load base --lora-r 4 --lora-target-modules linear_qkv linear_proj --lora-fusion --lora-ckpt-filter".split())
+    assert parse_args(config.RunConfig, words, "train").tune.lora_target_modules == ["linear_qkv", "linear_proj"] and "nothing to do for --lora-fusion --lora-ckpt-filter" in capfd.readouterr().err
+    with pytest.raises(UserError, match="name the layers among the targets"): train_words("--lora-layers-to-train 3 --lora-target-modules linear_qkv".split())
