@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RowsConfig', 'PreprocessConfig', 'DataConfig', 'MemoryConfig', 'ParallelConfig', 'layer_numbers', 'OptimizerConfig',
            'TrainConfig', 'RunConfig', 'LaunchConfig', 'JobConfig', 'SampleConfig', 'GenerateConfig', 'ChatConfig',
-           'EvalConfig', 'SniffConfig', 'ShowConfig', 'ReportConfig', 'FetchConfig', 'DoctorConfig', 'QuickstartConfig',
+           'SniffConfig', 'ShowConfig', 'ReportConfig', 'FetchConfig', 'DoctorConfig', 'QuickstartConfig',
            'ConvertConfig', 'ModelLinkConvertConfig', 'ImportScriptConfig']
 
 # %% ../nbs/03_config.ipynb #0884ff70
@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from .core import UserError, messages
 from .schema import dump_yaml, from_dict, knob, parse_args, to_args, to_dict
 from .guarding import GuardConfig
+from .measuring import CompareConfig, EvalConfig # noqa: F401
 from .planning import PlanConfig # noqa: F401
 from .serving import ServeConfig # noqa: F401
 from .shapes import ModelConfig, ShapeConfig
-from .tuning import TuneConfig
+from .tuning import AdapterConfig, DATA_OF, TuneConfig
 
 # %% ../nbs/03_config.ipynb #55492ffa
 @dataclass
@@ -172,7 +173,7 @@ class OptimizerConfig:
 @dataclass
 class TrainConfig(OptimizerConfig):
     "The loop: how long, how fast, how often to look and to save. Megatron's flags."
-    stage: str = knob("pretrain", choices=("pretrain", "sft")) # pretrain: every token counts; sft: only answers count
+    stage: str = knob("pretrain", choices=tuple(DATA_OF)) # pretrain: every token counts; sft: answers; dpo, simpo, orpo: that one answer is better than another; rm: the same, told by a reward model
     load: str = "" # Hugging Face folder to start from, or a run folder or step of which only the weights are taken; empty: new weights in the shape of the section `model`
     save: str = "runs/run" # run folder: config, metrics, steps
     resume: str = knob("auto", choices=("auto", "never", "must"), advanced=True) # go on from the newest whole step in the run folder
@@ -242,7 +243,7 @@ class SampleConfig:
     seed: int = 1234 # of the draws
 
 @dataclass(kw_only=True)
-class GenerateConfig(SampleConfig):
+class GenerateConfig(SampleConfig, AdapterConfig):
     "Continue a text. stdout carries the continuation only."
     model: str = knob() # Hugging Face folder, or a run folder or step of `train`
     prompt: str = knob("") # text to continue; empty: read from stdin
@@ -254,28 +255,13 @@ class GenerateConfig(SampleConfig):
 
 # %% ../nbs/03_config.ipynb #84a35a56
 @dataclass(kw_only=True)
-class ChatConfig(SampleConfig):
+class ChatConfig(SampleConfig, AdapterConfig):
     "Talk with a model; q, quit or exit leaves, clear or new forgets."
     model: str = knob() # Hugging Face folder, or a run folder or step of `train`
     system: str = "" # system prompt; empty: the template's own
     history_turns: int = knob(3, low=0) # earlier question-answer pairs that the model sees
     tensor_model_parallel_size: int = knob(1, low=1, advanced=True) # tp: each matrix is cut over this many processes
     pipeline_model_parallel_size: int = knob(1, low=1, advanced=True) # pp: layers are dealt to this many processes
-    device: str = knob("auto", advanced=True) # auto, npu, npu:1, cuda, cpu
-    dtype: str = knob("auto", choices=("auto", "fp32", "bf16", "fp16"), advanced=True) # number format
-
-@dataclass
-class EvalConfig:
-    "Score a model on a benchmark; prints accuracy by subject and writes lm-eval's JSON."
-    model: str = knob() # Hugging Face folder, or a run folder or step of `train`
-    data_path: str = knob() # folder or file of the task's data, e.g. mmlu/test
-    task: str = knob("mmlu", choices=("mmlu", "mmlu_continuation", "boolq")) # which benchmark
-    output: str | None = None # result JSON; samples_TASK.jsonl is written beside it. None: only shown
-    num_fewshot: int | None = knob(None, low=0) # examples before each question; none: the task's own number (mmlu 5, boolq 0)
-    limit: int = knob(0, low=0) # questions per subject; 0: all
-    batch_size: int = knob(8, low=1) # prompts in one forward pass
-    tensor_model_parallel_size: int = knob(1, low=1, advanced=True) # tp: each matrix is cut over this many processes
-    pipeline_model_parallel_size: int = knob(1, low=1, advanced=True) # pp: layers are dealt to this many processes; what processes there are beyond tp x pp share the questions
     device: str = knob("auto", advanced=True) # auto, npu, npu:1, cuda, cpu
     dtype: str = knob("auto", choices=("auto", "fp32", "bf16", "fp16"), advanced=True) # number format
 
