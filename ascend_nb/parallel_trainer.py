@@ -82,7 +82,12 @@ def _unscale(self: DealtWeights):
     for t in found.values():
         if dist.is_initialized(): dist.all_reduce(t, dist.ReduceOp.MAX)
 
-DealtWeights._collect, DealtWeights.clip, DealtWeights._unscale = _collect, _clip, _unscale
+def _forget(self: DealtWeights) -> bool: # False: nothing was changed
+    "Drop the gradients of a step that is done again, or left out."
+    self.kept = {}
+    return Weights.forget(self)
+
+DealtWeights._collect, DealtWeights.clip, DealtWeights._unscale, DealtWeights.forget = _collect, _clip, _unscale, _forget
 
 # %% ../nbs/41a_parallel_trainer.ipynb #e1c5ed93
 SIGNALS = "SIGINT", "SIGTERM" # what a run may be stopped by; anything else is told as "another process"
@@ -165,7 +170,7 @@ def _buffers(t): return {f"buffer.{n}": b for m in t.engine.models for n, b in m
 def _snapshot(self: ParallelTrainer) -> tuple: # (tensors by name, JSON state)
     "What `checkpoint.save_step` takes; in every process what it has."
     w = self.weights
-    state = dict(step=self.step, skipped=self.skipped, consumed_samples=self.consumed, loader=self.loader.state_dict(), scaler=w.scaler.state_dict(), world=self.mesh.sizes.world)
+    state = dict(step=self.step, skipped=self.skipped, consumed_samples=self.consumed, loader=self.loader.state_dict(), scaler=w.scaler.state_dict(), notes=self.notes, world=self.mesh.sizes.world)
     return _weights(self) | _buffers(self) | _optim(self) | rng_tensors(self.device), state
 
 def _read_optim(t, folder):
@@ -193,7 +198,7 @@ def _restore(self: ParallelTrainer,
     state = load_step(run, step, _weights(self) | _buffers(self) | (rng if same else {}), checked or not self.mesh.main)
     _read_optim(self, folder)
     self.weights.publish()
-    self.step, self.skipped = state["step"], state["skipped"]
+    self.step, self.skipped, self.notes = state["step"], state["skipped"], state.get("notes", {})
     self.loader.load_state_dict(state["loader"])
     if self.weights.scaler.is_enabled() and state["scaler"]: self.weights.scaler.load_state_dict(state["scaler"])
     if same: set_rng(rng, self.device)

@@ -111,7 +111,14 @@ def _update(self: Weights,
     self.publish()
     return not self.scaler.is_enabled() or self.scaler.get_scale() >= before
 
-Weights.update = _update
+def _forget(self: Weights) -> bool: # False: nothing was changed
+    "Drop the gradients of a step that is done again, or left out."
+    self.optimizer.zero_grad(set_to_none=True)
+    for p in self.live.values(): p.grad = None
+    if self.scaler.is_enabled(): self.scaler.update(self.scaler.get_scale()) # it may have undone its scale already
+    return False
+
+Weights.update, Weights.forget = _update, _forget
 
 # %% ../nbs/41_trainer.ipynb #0aa44b2f
 class Callback:
@@ -119,8 +126,11 @@ class Callback:
     order = 50 # smaller is asked first
 
     def before_fit(self, t: "Trainer"): "Once, before the first step." # the trainer
+    def before_read(self, t: "Trainer"): "A step, or a step that is done again, begins: everything is as the last one left it." # the trainer
     def before_step(self, t: "Trainer"): "The step's micro-batches are read (`t.now`), nothing is computed." # the trainer
+    def after_backward(self, t: "Trainer"): "This process has its gradients; they are not yet those of all, nor clipped." # the trainer
     def before_update(self, t: "Trainer"): "Gradients are ready and clipped; the weights are still the old ones." # the trainer
+    def again(self, t: "Trainer", error: Exception) -> bool: "A step failed before it was counted. True: everything is as before it, do it again." # the trainer; what happened
     def after_update(self, t: "Trainer"): "The weights are new. What is put into `t.extra` gets into the next row." # the trainer
     def on_log(self, t: "Trainer"): "`t.row` is a row of metrics." # the trainer
     def after_step(self, t: "Trainer"): "The step is over." # the trainer
@@ -140,7 +150,9 @@ class Step:
     sums: list = field(default_factory=list) # each micro-batch's sum of losses, 0-d tensors on the device
     loss: Tensor | float = 0. # mean over the trained tokens; a tensor until `Trainer.read`
     grad_norm: Tensor | float = 0. # before clipping; a tensor until `Trainer.read`
-    updated: bool = True # False: an fp16 overflow
+    beside_s: float = 0. # in callbacks, before anything is computed
+    left_out: str = "" # why its gradients are dropped; empty: they are not. Set before the update
+    updated: bool = True # False: an fp16 overflow, or left out
     seconds: float = 0. # all of it
 
 # %% ../nbs/41_trainer.ipynb #861be152
@@ -162,20 +174,46 @@ class Loop:
     def one_step(self) -> None:
         "Read, forward and backward over the micro-batches, update, tell everyone."
         t0 = time.perf_counter()
-        self.now = now = self.read_batches()
-        self.call("before_step")
-        now.lr = lr_at(self.step - self.skipped, self.cfg)
-        now.sums = self.compute(now)
-        now.loss = self.together(now.sums) / now.targets
-        now.grad_norm = self.weights.clip(self.cfg.clip_grad)
-        self.window.append(now)
-        self.call("before_update")
-        now.updated = self.weights.update(now.lr)
-        self.step += 1; self.skipped += not now.updated
+        while not self.attempt(): pass
+        now = self.now
         now.seconds, now.batches = time.perf_counter() - t0, []
         self.call("after_update")
         if self.logs_at(self.step): self.log()
         self.call("after_step")
+
+    def attempt(self) -> bool: # False: to be done again
+        "All of a step that may be done again. Raises what went wrong where no callback has put everything back."
+        self.now = None
+        self.call("before_read")
+        try: self.gradients(); self.change()
+        except Exception as e:
+            if not any([getattr(c, "again", lambda *a: False)(self, e) for c in self.callbacks]): raise
+            if self.window and self.window[-1] is self.now: self.window.pop()
+            return False
+        return True
+
+# %% ../nbs/41_trainer.ipynb #445921d4
+def _gradients(self: Loop) -> None:
+    "Read, forward, backward, clip: the weights stay what they are."
+    self.now = now = self.read_batches()
+    t0 = time.perf_counter()
+    self.call("before_step")
+    now.beside_s, now.lr = time.perf_counter() - t0, lr_at(self.step - self.skipped, self.cfg)
+    now.sums = self.compute(now)
+    self.call("after_backward")
+    now.loss = self.together(now.sums) / now.targets
+    now.grad_norm = self.weights.clip(self.cfg.clip_grad)
+    self.window.append(now)
+
+def _change(self: Loop) -> None:
+    "Update the weights, unless a callback has decided to leave the step out, and count the step."
+    self.call("before_update")
+    self.torn = True # weights of two steps beside each other
+    self.now.updated = self.weights.forget() if self.now.left_out else self.weights.update(self.now.lr)
+    self.step += 1; self.skipped += not self.now.updated
+    self.torn = False
+
+Loop.gradients, Loop.change = _gradients, _change
 
 # %% ../nbs/41_trainer.ipynb #d4dfef23
 def _compute(self: Loop,
@@ -223,6 +261,7 @@ class Trainer(Loop):
         self.callbacks = sorted(callbacks, key=lambda c: c.order)
         self.weights = self.make_weights()
         self.step, self.skipped, self.stopped = 0, 0, ""
+        self.torn, self.spoiled, self.notes = False, "", {} # an update began and did not end; why the weights must not be saved; what callbacks keep between the parts of a run, as JSON
         self.window, self.extra, self.row, self.rows, self.now = [], {}, {}, deque(maxlen=10_000), None
         self.valid_start = valid_loader and valid_loader.state_dict()
 
@@ -306,7 +345,7 @@ def _snapshot(self: Trainer) -> tuple: # (tensors by name, JSON state)
     "What `checkpoint.save_step` takes."
     w = self.weights
     tensors = {f"model.{n}": p.detach() for n, p in w.named.items()} | {f"buffer.{n}": b for n, b in self.model.named_buffers()}
-    state = dict(step=self.step, skipped=self.skipped, consumed_samples=self.consumed, loader=self.loader.state_dict(), scaler=w.scaler.state_dict())
+    state = dict(step=self.step, skipped=self.skipped, consumed_samples=self.consumed, loader=self.loader.state_dict(), scaler=w.scaler.state_dict(), notes=self.notes)
     return tensors | optim_tensors(w.optimizer, w.names) | rng_tensors(self.device), state
 
 def _restore(self: Trainer,
@@ -321,7 +360,7 @@ def _restore(self: Trainer,
     state = load_step(run, step, fill | rng, checked)
     read_optim(run.step_path(step), w.optimizer, w.names)
     w.publish()
-    self.step, self.skipped = state["step"], state["skipped"]
+    self.step, self.skipped, self.notes = state["step"], state["skipped"], state.get("notes", {})
     self.loader.load_state_dict(state["loader"])
     if w.scaler.is_enabled() and state["scaler"]: w.scaler.load_state_dict(state["scaler"])
     set_rng(rng, self.device)

@@ -19,6 +19,7 @@ from .config import ModelConfig, RunConfig
 from .core import UserError, check_space, make_deterministic, messages, rank_info, say, seed_all
 from .convert import as_model
 from .dcp_format import is_step, model_folder, open_step
+from .faults import inject
 from .families import check_length, check_vocab, config_from_hf, config_to_hf
 from .hf_format import load_model, save_model
 from .losses import causal_lm_loss
@@ -163,12 +164,13 @@ def build(
     t, run, plan = cfg.train, RunDir(cfg.train.save), plan_adapter(cfg)
     mesh = fit_grid(cfg)
     fits(plan, cfg, mesh.sizes.pp * mesh.sizes.vpp)
+    watchers = inject(cfg.guard.inject, run, mesh.sizes.world, t.train_iters)
     data = loaders(cfg, tokenizer, mesh)
     begin = mesh.share(lambda: find_resume(run, cfg))
     if plan and begin is not None: mesh.share(lambda: check_base(run.path, t.load))
     check_space(run.path, 12 * (plan.size if plan else cfg.model.num_params()) + 4 * cfg.model.num_params()) # what learns and its two moments, the finished model
     seed_all(t.seed + (mesh.data if plan else 0)) # what adapters draw differs from sample to sample
-    trainer = ParallelTrainer(build_engine(cfg, mesh, weights, plan), t, data["train"], causal_lm_loss, [*crew(run, tokenizer, mesh), *callbacks], data.get("valid"), rates(cfg.tune))
+    trainer = ParallelTrainer(build_engine(cfg, mesh, weights, plan), t, data["train"], causal_lm_loss, [*crew(run, tokenizer, mesh), *watchers, *callbacks], data.get("valid"), rates(cfg.tune))
     if begin is not None: trainer.restore(run, begin, checked=True)
     return Job(cfg, run, trainer, tokenizer, begin, mesh, plan)
 
