@@ -16,7 +16,7 @@ from .guarding import GuardConfig
 from .serving import ServeConfig # noqa: F401
 from .shapes import ModelConfig, ShapeConfig
 from .speaking import ChatConfig, GenerateConfig, SampleConfig # noqa: F401
-from .tuning import TuneConfig
+from .tuning import DATA_OF, TuneConfig
 
 # %% ../nbs/03_config.ipynb #55492ffa
 @dataclass
@@ -172,7 +172,7 @@ class OptimizerConfig:
 @dataclass
 class TrainConfig(OptimizerConfig):
     "The loop: how long, how fast, how often to look and to save. Megatron's flags."
-    stage: str = knob("pretrain", choices=("pretrain", "sft")) # pretrain: every token counts; sft: only answers count
+    stage: str = knob("pretrain", choices=tuple(DATA_OF)) # pretrain: every token counts; sft: answers; dpo, simpo, orpo: that one answer is better than another; rm: the same, told by a reward model
     load: str = "" # Hugging Face folder to start from, or a run folder or step of which only the weights are taken; empty: new weights in the shape of the section `model`
     save: str = "runs/run" # run folder: config, metrics, steps
     resume: str = knob("auto", choices=("auto", "never", "must"), advanced=True) # go on from the newest whole step in the run folder

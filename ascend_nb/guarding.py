@@ -14,8 +14,9 @@ from .schema import knob
 class GuardConfig:
     "What a run does about what goes wrong."
     keep_every: int = knob(0, low=0, advanced=True) # steps that are a multiple of this are never removed; 0: only keep_last counts
-    last_breath: bool = knob(True, advanced=True) # save the last completed step when the run is ended by an error, a signal or the death of another process
-    replicate_optimizer: bool = knob(False, flags=("--enable-high-availability=true",), advanced=True) # every shard of the optimizer lives in two groups of processes: the death of one loses no step
+    last_breath: bool = knob(True, advanced=True) # each process writes what it holds of the last completed step when the run is ended by an error, a signal or the death of another process
+    replicate_optimizer: bool = knob(False, flags=("--enable-high-availability=true",), advanced=True) # weights and optimizer live in two groups of data parallel processes, each with all of them: the death of one process loses no step
+    step_timeout: float = knob(0.0, low=0, advanced=True) # seconds that a step may take, from the second on; longer: a process hangs, and all end, so that torchrun starts them again; 0: distributed_timeout_minutes alone
     step_retries: int = knob(0, low=0, advanced=True) # times that a step is done again after an error that may pass; 0: stop at once
     spike_factor: float = knob(0.0, low=0, advanced=True) # a loss above the running mean by this many deviations is a spike; 0: not looked at
     on_spike: str = knob("skip", choices=("skip", "stop"), advanced=True) # leave the step's samples out, or stop
