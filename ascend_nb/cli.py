@@ -44,7 +44,8 @@ COMMANDS = {
     "generate": Command("generate", "GenerateConfig", "continue a text, streaming", "流式续写文本"),
     "chat": Command("chat", "ChatConfig", "talk with a model", "人机对话"),
     "serve": Command("serve", "ServeConfig", "a model for every program that talks to OpenAI", "为所有兼容 OpenAI 接口的程序提供模型服务"),
-    "evaluate": Command("evaluator", "EvalConfig", "score a model on a benchmark", "在基准数据集上评估模型"),
+    "evaluate": Command("evaluator", "EvalConfig", "score models on benchmarks; several are compared", "在基准数据集上评估模型；多个模型则比较", words="measuring:evaluate_words"),
+    "compare": Command("comparing", "CompareConfig", "results of evaluate beside each other: is the difference chance?", "并列比较 evaluate 的结果：差异是否偶然", words="measuring:compare_words"),
 }
 
 # %% ../nbs/69_cli.ipynb #e09e5b2f

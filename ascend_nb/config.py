@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RowsConfig', 'PreprocessConfig', 'DataConfig', 'MemoryConfig', 'ParallelConfig', 'layer_numbers', 'OptimizerConfig',
-           'TrainConfig', 'RunConfig', 'LaunchConfig', 'JobConfig', 'EvalConfig', 'SniffConfig', 'ShowConfig',
-           'ReportConfig', 'FetchConfig', 'DoctorConfig', 'QuickstartConfig', 'ConvertConfig', 'ModelLinkConvertConfig',
+           'TrainConfig', 'RunConfig', 'LaunchConfig', 'JobConfig', 'SniffConfig', 'ShowConfig', 'ReportConfig',
+           'FetchConfig', 'DoctorConfig', 'QuickstartConfig', 'ConvertConfig', 'ModelLinkConvertConfig',
            'ImportScriptConfig']
 
 # %% ../nbs/03_config.ipynb #0884ff70
@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from .core import UserError, messages
 from .schema import dump_yaml, from_dict, knob, parse_args, to_args, to_dict
 from .guarding import GuardConfig
+from .measuring import CompareConfig, EvalConfig # noqa: F401
 from .serving import ServeConfig # noqa: F401
 from .shapes import ModelConfig, ShapeConfig
 from .speaking import ChatConfig, GenerateConfig, SampleConfig # noqa: F401
@@ -228,22 +229,6 @@ class JobConfig:
     run: str = knob("runs", positional=True) # run folder; for `jobs list` a folder with run folders
     lines: int = knob(20, low=1) # last lines shown
     timeout: float | None = knob(None, low=0) # wait: seconds at most; none: as long as it takes
-
-# %% ../nbs/03_config.ipynb #f24c6ff2
-@dataclass
-class EvalConfig:
-    "Score a model on a benchmark; prints accuracy by subject and writes lm-eval's JSON."
-    model: str = knob() # Hugging Face folder, or a run folder or step of `train`
-    data_path: str = knob() # folder or file of the task's data, e.g. mmlu/test
-    task: str = knob("mmlu", choices=("mmlu", "mmlu_continuation", "boolq")) # which benchmark
-    output: str | None = None # result JSON; samples_TASK.jsonl is written beside it. None: only shown
-    num_fewshot: int | None = knob(None, low=0) # examples before each question; none: the task's own number (mmlu 5, boolq 0)
-    limit: int = knob(0, low=0) # questions per subject; 0: all
-    batch_size: int = knob(8, low=1) # prompts in one forward pass
-    tensor_model_parallel_size: int = knob(1, low=1, advanced=True) # tp: each matrix is cut over this many processes
-    pipeline_model_parallel_size: int = knob(1, low=1, advanced=True) # pp: layers are dealt to this many processes; what processes there are beyond tp x pp share the questions
-    device: str = knob("auto", advanced=True) # auto, npu, npu:1, cuda, cpu
-    dtype: str = knob("auto", choices=("auto", "fp32", "bf16", "fp16"), advanced=True) # number format
 
 # %% ../nbs/03_config.ipynb #365a53b4
 @dataclass(kw_only=True)

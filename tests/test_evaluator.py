@@ -14,9 +14,11 @@ from test_tasks import AWKWARD, write_mmlu
 
 from ascend_nb.config import EvalConfig
 from ascend_nb.core import UserError
-from ascend_nb.evaluator import evaluate, loglikelihoods, mean_stderr, pooled_stderr, run, table
+from ascend_nb.chances import mean_stderr, pooled_stderr
+from ascend_nb.evaluator import evaluate, run, table
+from ascend_nb.likelihood import loglikelihoods
 from ascend_nb.hf_format import load_model
-from ascend_nb.tasks import TASKS, load_task, task_files
+from ascend_nb.tasks import get_task, load_task, task_files
 from ascend_nb.tokenizers import load_tokenizer
 
 SMOL = Path(os.environ.get("ASCEND_NB_SMOLLM2", "/tmp/smollm2"))
@@ -37,7 +39,7 @@ def peer_task(name, subject, file, shots):
     from lm_eval.api.task import ConfigurableTask
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    row, cfg = TASKS[name], load_yaml(Path(lm_eval.__file__).parent / "tasks" / YAML[name].format(subject))
+    row, cfg = get_task(name), load_yaml(Path(lm_eval.__file__).parent / "tasks" / YAML[name].format(subject))
     for key in ("tag", "dataset_name", "training_split"): cfg.pop(key, None)
     parts = {cfg.get("test_split") or cfg["validation_split"]: file}
     if row.shots: parts["dev"] = file.parent / row.shots.format(subject=subject)
@@ -50,11 +52,11 @@ def lm_eval_scores(lm, name, path, shots, limit):
     from lm_eval.evaluator import evaluate as lm_evaluate
 
     logging.getLogger("lm_eval").setLevel("ERROR")
-    tasks = [peer_task(name, subject, file, shots) for subject, file in task_files(TASKS[name], path).items()]
+    tasks = [peer_task(name, subject, file, shots) for subject, file in task_files(get_task(name), path).items()]
     groups = {}
-    if TASKS[name].subtask:
-        groups[name] = Group.from_config(dict(group=name, aggregate_metric_list=[dict(metric=m, weight_by_size=True) for m in TASKS[name].metrics],
-                                              metadata=dict(version=TASKS[name].group_version)))
+    if get_task(name).subtask:
+        groups[name] = Group.from_config(dict(group=name, aggregate_metric_list=[dict(metric=m, weight_by_size=True) for m in get_task(name).metrics],
+                                              metadata=dict(version=get_task(name).group_version)))
         for t in tasks: groups[name].add(t)
     return lm_evaluate(lm, {"tasks": {t.task_name: t for t in tasks}, "groups": groups}, limit=limit or None)
 
@@ -62,13 +64,13 @@ def lm_eval_scores(lm, name, path, shots, limit):
 def compare(ours, theirs, name):
     "Every prompt, continuation and log-likelihood, every number of the result. Returns the largest difference of a log-likelihood."
     mine, worst = {}, 0.0
-    for s in ours["samples"]: mine.setdefault(TASKS[name].subtask.format(subject=s["subject"]) or name, []).append(s)
+    for s in ours["samples"]: mine.setdefault(get_task(name).subtask.format(subject=s["subject"]) or name, []).append(s)
     assert list(mine) == list(theirs["samples"])
     for key, samples in theirs["samples"].items():
         for a, b in zip(sorted(samples, key=lambda s: s["doc_id"]), mine[key], strict=True):
             assert (a["doc_id"], a["target"]) == (b["doc_id"], b["gold"])
             assert [tuple(x) for x in a["arguments"]] == [(b["prompt"], " " + c) for c in b["choices"]]
-            assert {m: a[m] for m in TASKS[name].metrics} == {m: b[m] for m in TASKS[name].metrics}
+            assert {m: a[m] for m in get_task(name).metrics} == {m: b[m] for m in get_task(name).metrics}
             worst = max(worst, *(abs(r[0] - lp) for r, lp in zip(a["filtered_resps"], b["logprobs"], strict=True)))
     for key, row in theirs["results"].items():
         assert {k for k in row if "," in k} | {"alias"} <= set(ours["results"][key])
@@ -185,7 +187,7 @@ def test_the_cost_of_an_accelerators_pass_changes_the_plan_only(tiny, files, mon
     model, tok, _ = tiny
     pairs = [p for i in load_task("mmlu_continuation", files["mmlu"], 3) for p in i.pairs()]
     shared, calls = loglikelihoods(model, tok, pairs), []
-    monkeypatch.setattr("ascend_nb.evaluator.WORTH", {})
+    monkeypatch.setattr("ascend_nb.likelihood.WORTH", {})
     hidden = model.hidden
     monkeypatch.setattr(model, "hidden", lambda ids, cache=None: calls.append(ids.shape) or hidden(ids, cache=cache))
     assert agree(shared, loglikelihoods(model, tok, pairs))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ascend_nb.core import UserError
-from ascend_nb.tasks import TASKS, load_task, task_files
+from ascend_nb.tasks import get_task, load_task, task_files
 
 AWKWARD = [("  Is {this} \"quoted\", and so on? ", "a {b}", " two", "{{three}}", "4", "A"), ("多行\n问题 🙂?", "一", "二, 三", "", "'四'", "C"),
            ("What is 7?", "1", "2", "3", "7", "D"), ("What is 8?", "8", "2", "3", "4", "A"), ("Pick \\n or tab\t", "x", "y", "z", "w", "B"),
@@ -39,7 +39,7 @@ def test_prompts_of_all_57_subjects_are_lm_evals(name, kind, tmp_path):
     assert len(theirs) == 57
     items = load_task(name, write_mmlu(tmp_path, theirs), num_fewshot=5)
     for subject, cfg in theirs.items():
-        assert cfg["task"] == TASKS[name].subtask.format(subject=subject) and cfg["metadata"]["version"] == TASKS[name].version
+        assert cfg["task"] == get_task(name).subtask.format(subject=subject) and cfg["metadata"]["version"] == get_task(name).version
 
         def text(row, cfg=cfg): return apply_template(cfg["doc_to_text"], dict(question=row[0], choices=list(row[1:5])))
 
@@ -62,12 +62,12 @@ def test_boolq_is_lm_evals(shared_data):
     items = load_task("boolq", shared_data / "eval/boolq")
     assert [i.prompt for i in items] == [apply_template(cfg["doc_to_text"], r) for r in rows]
     assert {i.choices for i in items} == {tuple(cfg["doc_to_choice"])} and [i.gold for i in items] == [int(r["answer"]) for r in rows]
-    assert cfg["metadata"]["version"] == TASKS["boolq"].version and len(items) == 800
+    assert cfg["metadata"]["version"] == get_task("boolq").version and len(items) == 800
 
 
 def test_real_mmlu_rows_equal_pandas(shared_data):
     pd = pytest.importorskip("pandas")
-    for subject, file in task_files(TASKS["mmlu"], shared_data / "eval/mmlu/test").items():
+    for subject, file in task_files(get_task("mmlu"), shared_data / "eval/mmlu/test").items():
         frame = pd.read_csv(file, header=None, dtype=str, keep_default_na=False)
         items = [i for i in load_task("mmlu", file, num_fewshot=0)]
         assert [i.subject for i in items] == [subject] * len(frame)
