@@ -52,7 +52,7 @@ def candidates(
     "The n best continuations, or n that are drawn."
     flat = z.flatten()
     if cfg.task == "beam_search_with_sampling" and cfg.temperature > 0:
-        p = flat.softmax(0)
+        p = torch.cat([flat, flat.new_full(((cfg.num_beams - len(z)) * z.shape[1],), -torch.inf)]).softmax(0) # beams that are not there yet: as transformers has them, so that draws agree
         at = torch.multinomial(p, min(n, int((p > 0).sum())), generator=generator)
         top, order = flat[at].sort(descending=True)
         at = at[order]
