@@ -227,7 +227,7 @@ def load(
     cfg, # GenerateConfig, ChatConfig or another with a model folder, device and dtype
     mesh=None # from `meet`; None: one process
 ) -> tuple: # (model, tokenizer)
-    "What a command needs to speak: a `Fast` twin in one process, a `Spread` in several. Raises UserError for a folder that holds no model."
+    "What a command needs to speak: a `Fast` twin in one process, a `Spread` in several, the plain model with adapters, which may be switched. Raises UserError for a folder that holds no model."
     how = lambda name, other: getattr(cfg, name, other)
     device, mg = pick_device(cfg.device).value, _megatron(cfg.model)
     if mg and not how("tokenizer", ""): raise UserError("no_tokenizer", path=cfg.model)
@@ -235,8 +235,8 @@ def load(
     dtype = pick_dtype(cfg.dtype, device).value
     if mesh and how("weights", "full") != "full": raise UserError("whole_only")
     if mg: model = as_model(open_source(ModelLinkConvertConfig(load_dir=cfg.model, hf_config=cfg.tokenizer))).to(device, dtype)
-    else: model = open_model(cfg.model, device, dtype, mesh)
-    return (model if mesh else Fast(model, how("weights", "full"), how("kv_cache", "full"), how("compiled", True))), tokenizer
+    else: model = open_model(cfg.model, device, dtype, mesh, adapters := how("lora_load", ()))
+    return (model if mesh or (not mg and adapters) else Fast(model, how("weights", "full"), how("kv_cache", "full"), how("compiled", True))), tokenizer
 
 def guesser(
     cfg, # draft, device, dtype

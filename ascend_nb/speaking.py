@@ -8,6 +8,7 @@ __all__ = ['TASKS', 'SampleConfig', 'VoiceConfig', 'GenerateConfig', 'ChatConfig
 # %% ../nbs/02e_speaking.ipynb #24124f2e
 from dataclasses import dataclass
 from .schema import knob
+from .tuning import AdapterConfig
 
 # %% ../nbs/02e_speaking.ipynb #3fece3e2
 TASKS = ("greedy", "do_sample", "beam_search", "beam_search_with_sampling", "return_output_log_probs")
@@ -33,7 +34,7 @@ class SampleConfig:
 
 # %% ../nbs/02e_speaking.ipynb #71f44650
 @dataclass(kw_only=True)
-class VoiceConfig(SampleConfig):
+class VoiceConfig(SampleConfig, AdapterConfig):
     "Which model speaks, and where its numbers lie."
     model: str = knob() # Hugging Face folder, Megatron checkpoint, or a run folder or step of `train`
     tensor_model_parallel_size: int = knob(1, low=1, advanced=True) # tp: each matrix is cut over this many processes
