@@ -15,7 +15,7 @@ from .adapters import book, use_adapter
 from .config import ChatConfig
 from .core import UserError, in_notebook, messages, phrase, rank_info, say
 from .families import max_length
-from .generate import Memory, check, fallback_stop, load
+from .generate import Memory, check, fit, guesser, load, template
 from .generate import stream as stream_text
 from .many_devices import crowd, listening, meet
 from .model import Decoder
@@ -23,6 +23,8 @@ from .templates import encode_prompt
 from .tokenizers import Tokenizer
 
 # %% ../nbs/51_chat.ipynb #10b9b954
+messages(chat_beams=("Found task={task} in a chat; expected greedy, do_sample or return_output_log_probs, because an answer is shown as it comes. Choose one, or use `ascend_nb generate`.",
+                     "对话中不能使用 task={task}，因为回答是逐字显示的。请改用 greedy、do_sample 或 return_output_log_probs，或使用 `ascend_nb generate`。"))
 messages(chat_trimmed=("{n} of the oldest questions left out: the model can read {length} tokens", "最早的 {n} 轮对话未送入模型：模型最多读取 {length} 个词元"))
 
 class Chat:
@@ -30,10 +32,12 @@ class Chat:
     def __init__(self,
         model: Decoder, # in eval mode
         tokenizer: Tokenizer, # the model's, with or without a chat template
-        cfg: ChatConfig | None = None # system prompt, turns, how to choose; `cfg.model` is not looked at
+        cfg: ChatConfig | None = None # system prompt, turns, template, how to choose; `cfg.model` is not looked at
     ):
         cfg = cfg or ChatConfig(model="")
-        self.model, self.tokenizer, self.cfg = model, tokenizer, replace(cfg, stop=[*cfg.stop, *fallback_stop(tokenizer)])
+        if cfg.task.startswith("beam"): raise UserError("chat_beams", task=cfg.task)
+        self.how, stops = template(cfg, tokenizer)
+        self.model, self.tokenizer, self.cfg, self.guess = model, tokenizer, replace(cfg, stop=[*cfg.stop, *stops]), guesser(cfg, model)
         self.clear()
 
     def clear(self) -> None:
@@ -51,7 +55,7 @@ class Chat:
             pairs = self.history[len(self.history) - n:]
             said = [dict(role=r, content=c) for pair in pairs for r, c in zip(("user", "assistant"), pair)]
             system = [dict(role="system", content=self.cfg.system)] if self.cfg.system else []
-            ids = encode_prompt([*system, *said, dict(role="user", content=text)], self.tokenizer)
+            ids = encode_prompt([*system, *said, dict(role="user", content=text)], self.tokenizer, **self.how)
             if len(ids) + room <= most: break
         if n < turns and len(ids) < most: say(phrase("chat_trimmed", n=turns - n, length=most))
         return ids
@@ -62,7 +66,7 @@ def stream(self: Chat,
     text: str # a question
 ) -> Iterator: # of str; never half a character
     "The answer's pieces. Whoever stops listening (or presses Ctrl-C) keeps what was said so far, and so does the history."
-    self.last = out = stream_text(self.model, self.tokenizer, self.prompt(text), self.cfg, self.memory, self.generator, fresh=True)
+    self.last = out = stream_text(self.model, self.tokenizer, self.prompt(text), self.cfg, self.memory, self.generator, True, self.guess)
     try: yield from out
     finally:
         answer = out.text.rstrip() if out.stopped_by == "stop" else out.text

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['RowsConfig', 'PreprocessConfig', 'DataConfig', 'MemoryConfig', 'ParallelConfig', 'layer_numbers', 'OptimizerConfig',
-           'TrainConfig', 'RunConfig', 'LaunchConfig', 'JobConfig', 'SampleConfig', 'GenerateConfig', 'ChatConfig',
-           'SniffConfig', 'ShowConfig', 'ReportConfig', 'FetchConfig', 'DoctorConfig', 'QuickstartConfig',
-           'ConvertConfig', 'ModelLinkConvertConfig', 'ImportScriptConfig']
+           'TrainConfig', 'RunConfig', 'LaunchConfig', 'JobConfig', 'SniffConfig', 'ShowConfig', 'ReportConfig',
+           'FetchConfig', 'DoctorConfig', 'QuickstartConfig', 'ConvertConfig', 'ModelLinkConvertConfig',
+           'ImportScriptConfig']
 
 # %% ../nbs/03_config.ipynb #0884ff70
 from dataclasses import dataclass, field
@@ -17,7 +17,8 @@ from .measuring import CompareConfig, EvalConfig # noqa: F401
 from .planning import PlanConfig # noqa: F401
 from .serving import ServeConfig # noqa: F401
 from .shapes import ModelConfig, ShapeConfig
-from .tuning import AdapterConfig, DATA_OF, TuneConfig
+from .speaking import ChatConfig, GenerateConfig, SampleConfig # noqa: F401
+from .tuning import DATA_OF, TuneConfig
 
 # %% ../nbs/03_config.ipynb #55492ffa
 @dataclass
@@ -229,41 +230,6 @@ class JobConfig:
     run: str = knob("runs", positional=True) # run folder; for `jobs list` a folder with run folders
     lines: int = knob(20, low=1) # last lines shown
     timeout: float | None = knob(None, low=0) # wait: seconds at most; none: as long as it takes
-
-# %% ../nbs/03_config.ipynb #f24c6ff2
-@dataclass
-class SampleConfig:
-    "How the next token is chosen."
-    task: str = knob("greedy", choices=("greedy", "do_sample")) # greedy: the likeliest; do_sample: drawn
-    max_new_tokens: int = knob(128, low=1) # stop after this many
-    temperature: float = knob(0.7, low=0) # below 1 sharper, above 1 flatter (do_sample); 0: greedy
-    top_k: int = knob(50, low=0) # draw from the k likeliest; 0: from all
-    top_p: float = knob(0.95, low=0, high=1) # draw from the smallest set with this probability
-    stop: list[str] = knob([]) # words that end the answer; not part of it
-    seed: int = 1234 # of the draws
-
-@dataclass(kw_only=True)
-class GenerateConfig(SampleConfig, AdapterConfig):
-    "Continue a text. stdout carries the continuation only."
-    model: str = knob() # Hugging Face folder, or a run folder or step of `train`
-    prompt: str = knob("") # text to continue; empty: read from stdin
-    chat: bool = knob(False) # put the prompt into the tokenizer's chat template as a user's turn
-    tensor_model_parallel_size: int = knob(1, low=1, advanced=True) # tp: each matrix is cut over this many processes
-    pipeline_model_parallel_size: int = knob(1, low=1, advanced=True) # pp: layers are dealt to this many processes
-    device: str = knob("auto", advanced=True) # auto, npu, npu:1, cuda, cpu
-    dtype: str = knob("auto", choices=("auto", "fp32", "bf16", "fp16"), advanced=True) # number format
-
-# %% ../nbs/03_config.ipynb #84a35a56
-@dataclass(kw_only=True)
-class ChatConfig(SampleConfig, AdapterConfig):
-    "Talk with a model; q, quit or exit leaves, clear or new forgets."
-    model: str = knob() # Hugging Face folder, or a run folder or step of `train`
-    system: str = "" # system prompt; empty: the template's own
-    history_turns: int = knob(3, low=0) # earlier question-answer pairs that the model sees
-    tensor_model_parallel_size: int = knob(1, low=1, advanced=True) # tp: each matrix is cut over this many processes
-    pipeline_model_parallel_size: int = knob(1, low=1, advanced=True) # pp: layers are dealt to this many processes
-    device: str = knob("auto", advanced=True) # auto, npu, npu:1, cuda, cpu
-    dtype: str = knob("auto", choices=("auto", "fp32", "bf16", "fp16"), advanced=True) # number format
 
 # %% ../nbs/03_config.ipynb #365a53b4
 @dataclass(kw_only=True)

@@ -246,11 +246,12 @@ Spread.logits, Spread.decide = _logits, _decide
 
 # %% ../nbs/49_many_devices.ipynb #a3168b19
 def new_cache(
-    model, # Decoder or Spread
+    model, # Decoder, its twin or Spread
     batch: int, # sequences
     max_len: int # tokens that fit
 ) -> KVCache:
     "Room for the keys and values that this process will have."
+    if hasattr(model, "new_cache"): return model.new_cache(batch, max_len) # a twin decides for itself
     w = model.head_weight
     return KVCache(model.kept if isinstance(model, Spread) else model.cfg, batch, max_len, w.dtype, w.device)
 

@@ -11,8 +11,9 @@ import torch
 
 from ascend_nb.config import SampleConfig
 from ascend_nb.core import UserError
-from ascend_nb.generate import Detokenizer, Memory, StopWords, end_ids, generate, next_ids, stream, warp
+from ascend_nb.generate import Detokenizer, Memory, StopWords, end_ids, generate, next_ids, stream
 from ascend_nb.hf_format import load_model, save_model
+from ascend_nb.sampling import warp
 from ascend_nb.tokenizers import load_tokenizer
 
 TINY = dict(vocab_size=300, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,

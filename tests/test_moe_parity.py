@@ -15,13 +15,14 @@ from ascend_nb.core import UserError
 from ascend_nb.datasets import Loader, Sample, collate_gpt
 from ascend_nb.experts import MoE, balance_loss, expert_load, load_balancing_loss
 from ascend_nb.families import config_from_hf, config_to_hf
-from ascend_nb.generate import Memory, choose, next_ids
+from ascend_nb.generate import Memory, next_ids
 from ascend_nb.hf_format import load_model, open_weights, save_model
 from ascend_nb.layers import Rope
 from ascend_nb.losses import causal_lm_loss
 from ascend_nb.mla import MLA
 from ascend_nb.model import Decoder, KVCache
 from ascend_nb.names import canonical_shapes, hf_entries, hf_shape
+from ascend_nb.sampling import choose
 from ascend_nb.shapes import ModelConfig
 from ascend_nb.trainer import Trainer
 

@@ -219,7 +219,7 @@ def test_our_own_flags_stay_as_they_are():
     ("torchrun posttrain_gpt.py --stage ray_grpo --num-layers 2 --hidden-size 64 --num-attention-heads 4\n", "PPO, GRPO"),
     ("torchrun pretrain_gpt.py --num-layers 2 --hidden-size 64 --num-attention-heads 4 --position-embedding-type rope\n", "no family"),
     ("torchrun train_fsdp2.py a.yaml\n", "no counterpart"),
-    ("torchrun inference.py --task beam_search --load m\n", "beam_search"),
+    ("torchrun inference.py --task beam_serch --load m\n", "beam_search"),
     ('torchrun pretrain_gpt.py "--lr 1\n', "never closed"),
 ])
 def test_a_mistake_is_one_sentence(tmp_path, text, words):
