@@ -9,7 +9,7 @@ __all__ = ['LastBreath', 'StepWatch', 'Recovery', 'lifelines']
 import random, secrets, threading, time
 import numpy as np
 import torch
-from .breath import write_breath
+from .breath import clear, write_breath
 from .callbacks import Callback
 from .checkpoint import RunDir, check_step
 from .core import UserError, messages, say
@@ -123,7 +123,9 @@ class Recovery(Callback):
         self.run.log(row)
         say(f"recovered {row['seconds']:.1f} s after the interruption the run is at step {t.step}; {row['again']} steps were done again")
 
-    def after_fit(self, t): self.run.log(dict(what="end", step=t.step, time=round(time.time(), 3), stopped=t.stopped))
+    def after_fit(self, t):
+        self.run.log(dict(what="end", step=t.step, time=round(time.time(), 3), stopped=t.stopped))
+        clear(self.run, t.step)
 
 def lifelines(
     guard: GuardConfig, # last_breath, step_timeout

@@ -6,7 +6,7 @@
 __all__ = ['with_copies', 'settings', 'fit_grid', 'pad_unit', 'idle', 'build_engine', 'crew', 'whole_model', 'end']
 
 # %% ../nbs/42a_spread.ipynb #d343f927
-import errno, math
+import errno, math, os
 from dataclasses import replace
 from pathlib import Path
 import torch
@@ -14,7 +14,7 @@ from .adapter_runs import Plan, put_plan
 from .callbacks import Checkpointer, Guards, StopOnSignal, Validation, usual
 from .checkpoint import RunDir, read_tensors
 from .config import ModelConfig, ParallelConfig, RunConfig
-from .core import UserError, messages, pick_device, pick_dtype, rank_info
+from .core import UserError, messages, pick_device, pick_dtype, rank_info, say
 from .endings import first_to_end, is_lost, quit_together, watch
 from .engine import Engine, build_stages, refuse
 from .guarding import GuardConfig
@@ -35,6 +35,9 @@ def with_copies(
     "Two groups of data parallel processes, each with all weights and the whole optimizer. Raises UserError where they cannot be two."
     if not guard.replicate_optimizer: return p
     data = p.data_parallel_size(world)
+    if data == 1 and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        if rank_info().is_main: say("Only one data parallel process is left: nothing lives twice until there are more.")
+        return p
     group = p.fsdp_size or data // 2
     if data < 2 or p.zero_stage and (group == data or data % group or data % 2 and not p.fsdp_size): raise UserError("no_copies", data=data, fsdp=p.fsdp_size)
     return replace(p, fsdp_size=group) if p.zero_stage else p # without ZeRO every data parallel process has everything

@@ -102,6 +102,7 @@ def test_the_run_ends_as_if_nothing_had_happened(make, whole, name, grid):
     calm = whole(grid, n, parallel, guard)
     run = Run(make(f"{name} {grid}", parallel, {**guard, **more}), n, faults.format(r=n - 1))
     run.well(calm, again and again[n])
+    if "truncate" in faults: assert re.search(r"step_0000010 is passed over: \S+ has \d+ bytes, its manifest says \d+", run.err)
     if again is None: assert "Stopped by SIGTERM and saved at step 8" in run.err
 
 
