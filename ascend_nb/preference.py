@@ -218,10 +218,10 @@ def reward_scores(
     batch: Batch # of pairs, from `collate_preference`
 ) -> Scores:
     "A reward model's number at the last token of each answer."
-    tokens, S, w = owners(batch)[2], batch.input_ids.shape[1], model.head_weight
+    tokens, S = owners(batch)[2], batch.input_ids.shape[1]
     at = batch.lasts if len(batch.input_ids) == 1 else batch.lasts + S * torch.arange(len(tokens), device=batch.lasts.device)
     h = model.hidden(batch.input_ids, position_ids=batch.position_ids, cu_seqlens=batch.cu_seqlens).flatten(0, 1)[at]
-    if isinstance(w, DTensor): # its columns are dealt
+    if isinstance(w := model.head_weight, DTensor): # its columns are dealt; asked for when FSDP has brought it
         group = w.device_mesh.get_group()
         said = Doors(group).whole(linear(part(h, group), local(w, True)))
     else: said = linear(h, w)

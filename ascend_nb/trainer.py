@@ -150,7 +150,7 @@ class Step:
     sums: list = field(default_factory=list) # each micro-batch's sum of losses, 0-d tensors on the device
     loss: Tensor | float = 0. # mean over the trained tokens; a tensor until `Trainer.read`
     grad_norm: Tensor | float = 0. # before clipping; a tensor until `Trainer.read`
-    beside_s: float = 0. # in callbacks, before anything is computed
+    read_at: float = 0. # time.perf_counter() when all processes had read theirs
     left_out: str = "" # why its gradients are dropped; empty: they are not. Set before the update
     updated: bool = True # False: an fp16 overflow, or left out
     seconds: float = 0. # all of it
@@ -203,9 +203,8 @@ class Loop:
 def _gradients(self: Loop) -> None:
     "Read, forward, backward, clip: the weights stay what they are."
     self.now = now = self.read_batches()
-    t0 = time.perf_counter()
+    now.read_at, now.lr = time.perf_counter(), lr_at(self.step - self.skipped, self.cfg)
     self.call("before_step")
-    now.beside_s, now.lr = time.perf_counter() - t0, lr_at(self.step - self.skipped, self.cfg)
     now.sums = self.compute(now)
     self.call("after_backward")
     now.loss = self.together(now.sums) / now.targets

@@ -8,7 +8,7 @@ __all__ = ['FREE', 'resolve', 'loaders', 'changed', 'find_resume', 'weights', 'J
 
 # %% ../nbs/43_training.ipynb #7f45f9bf
 import json as jsonlib, signal
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from .adapter_files import save_adapter
 from .adapter_runs import Plan, adapter_run, check_base, fits, idle_tuning, open_tuned, plan_adapter, rates, tuned_model, write_base
@@ -20,7 +20,6 @@ from .config import ModelConfig, RunConfig
 from .core import UserError, check_space, human_bytes, make_deterministic, messages, rank_info, say, seed_all
 from .convert import as_model
 from .dcp_format import is_step, model_folder, open_step
-from .faults import inject
 from .families import check_length, check_vocab, config_from_hf, config_to_hf
 from .hf_format import load_model
 from .last_breath import lifelines
@@ -28,6 +27,7 @@ from .mesh import Mesh, Sizes
 from .model import Decoder
 from .nf4 import packed_size, unpack
 from .parallel_trainer import ParallelTrainer
+from .preflight import preflight
 from .prepared import prepared
 from .schema import load_yaml, save_yaml, to_dict
 from .spread import build_engine, crew, end, fit_grid, idle, pad_unit, whole_model
@@ -36,6 +36,7 @@ from .reference import Reference
 from .reward import pad_of
 from .tokenizers import load_tokenizer
 from .tuning import DATA_OF
+from .watchers import watchers
 
 # %% ../nbs/43_training.ipynb #e35baefa
 def _shape(cfg: RunConfig, tokenizer) -> ModelConfig:
@@ -164,6 +165,7 @@ class Job:
     begin: int | None # the step it goes on from
     mesh: Mesh # this process in the grid
     plan: Plan | None = None # of the adapter that learns; None: all weights do
+    flight: list = field(default_factory=list) # what was measured before the first step, as lines for people
     reference: Reference | None = None # what the reference model says of the data; none: the stage needs none
 
 def build(
@@ -176,20 +178,20 @@ def build(
     t, run, plan = cfg.train, RunDir(cfg.train.save), plan_adapter(cfg)
     mesh = fit_grid(cfg)
     fits(plan, cfg, mesh.sizes.pp * mesh.sizes.vpp)
-    watchers = inject(cfg.guard.inject, run, mesh.sizes.world, t.train_iters)
+    guards = watchers(cfg, run, mesh.sizes.world, tokenizer)
     data = loaders(cfg, tokenizer, mesh)
     begin = mesh.share(lambda: find_resume(run, cfg))
     if plan and begin is not None: mesh.share(lambda: check_base(run.path, t.load))
-    check_space(run.path, 12 * (plan.size if plan else cfg.model.num_params()) + 4 * cfg.model.num_params()) # what learns and its two moments, the finished model
+    check_space(run.path, 12 * (1 + cfg.guard.preflight) * (plan.size if plan else cfg.model.num_params()) + 4 * cfg.model.num_params()) # what learns and its two moments, twice: a step takes the place of an older one when it is whole; the finished model
     seed_all(t.seed + (mesh.data if plan or cfg.tune.neftune_noise_alpha else 0)) # what is drawn in a step differs from sample to sample
     stage = STAGES[t.stage]
     loss, engine = stage.loss(cfg.tune), build_engine(cfg, mesh, stage.load(weights, t.seed), stage.make, plan)
-    watchers += [loss] if hasattr(loss, "after_update") else []
-    trainer = ParallelTrainer(engine, t, data["train"], loss, [*crew(run, tokenizer, mesh, cfg.guard.keep_every), *lifelines(cfg.guard, run, mesh.main), *watchers, *callbacks], data.get("valid"), rates(cfg.tune))
+    guards += [loss] if hasattr(loss, "after_update") else []
+    trainer = ParallelTrainer(engine, t, data["train"], loss, [*crew(run, tokenizer, mesh, cfg.guard.keep_every), *lifelines(cfg.guard, run, mesh.main), *guards, *callbacks], data.get("valid"), rates(cfg.tune))
     reference = reference_of(cfg, data, mesh, run, trainer.dtype_choice.value)
     if reference and not reference.find(fresh=begin is None) and begin is not None: ask_reference(reference, cfg, trainer, weights) # while the model is what it was
     if begin is not None: trainer.restore(run, begin, checked=True)
-    return Job(cfg, run, trainer, tokenizer, begin, mesh, plan, reference)
+    return Job(cfg, run, trainer, tokenizer, begin, mesh, plan, preflight(mesh) if cfg.guard.preflight else [], reference)
 
 # %% ../nbs/43_training.ipynb #35e545ca
 def _in_bits(tr): # a line where matrices lie in four bits
@@ -208,7 +210,7 @@ def describe(
             f"model     {m.model_type}, {m.num_params():,} parameters, {'from ' + t.load if t.load else f'new weights, seed {t.seed}'}",
             *([f"adapter   {job.plan}"] if job.plan else []), *_in_bits(tr),
             f"data      {' '.join(d.data_path or d.train_data_path)}: {samples:,} {what} of {most}{d.seq_length} tokens",
-            *([f"grid      {job.mesh.sizes}"] if job.mesh.sizes.world > 1 else []), *(f"note      {x}" for x in (*idle(job.cfg.parallel, m, job.mesh), *idle_tuning(job.cfg.tune), *idle_knobs(job.cfg))),
+            *([f"grid      {job.mesh.sizes}"] if job.mesh.sizes.world > 1 else []), *job.flight, *(f"note      {x}" for x in (*idle(job.cfg.parallel, m, job.mesh), *idle_tuning(job.cfg.tune), *idle_knobs(job.cfg))),
             f"step      {t.micro_batch_size} samples x {tr.accumulation} micro-batches{f' x {dp} data parallel' if dp > 1 else ''} = {t.micro_batch_size * tr.accumulation * dp}",
             f"length    {t.train_iters} steps, {seen:,} {what}, {most.replace('at most', 'up to')}{seen * d.seq_length * (1 + (kind == 'pair')):,} tokens; lr {t.lr:g}, {t.lr_decay_style}",
             f"run       {job.run.path}" + (f", going on from step {job.begin}" if job.begin else "")]

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 from test_training import StopAt, contents, equal, finish, start
 
 from ascend_nb import stages, training
@@ -56,6 +57,7 @@ def broken_off(cfg, step):
     job = training.build(cfg, callbacks=[StopAt(step)])
     with job.run.lock():
         training.save_yaml(job.cfg, job.run.config_path)
+        if job.plan: training.write_base(job.run.path, job.plan, job.cfg.train.load)
         training._fit(job)
     assert job.run.latest() == step
     return job
@@ -158,6 +160,33 @@ def test_ref_model_is_the_reference(config):
         d = sums[0] - sums[1]
         losses.append(-torch.nn.functional.logsigmoid(.3 * (d[0] - d[1])))
     assert got == pytest.approx(torch.cat(losses).mean().item(), abs=1e-5) and abs(got - np.log(2)) > .01
+
+
+def test_lora_needs_no_second_model(config):
+    "A new adapter changes nothing: the numbers are those of the model alone. One to go on with is part of what the run begins with, as trl copies it; `ref_model` names the model without it."
+    base = training.run(config("base", stage="simpo", train_iters=1), json=True)["hf"]
+    full, lora = config("full", load=base, train_iters=1), config("lora", load=base, tune=dict(lora_target_modules=["all-linear"], lora_r=4, dpo_beta=.5), lr=1e-2)
+    for cfg in (full, lora): training.run(cfg, json=True)
+    a, b = (RunDir(c.train.save).path for c in (full, lora))
+    few, many = (read_reference(p / "reference.safetensors", {}, {}) is not None and load_file(p / "reference.safetensors") for p in (a, b))
+    at = np.isin(many["train.0.pairs"], few["train.0.pairs"])
+    assert np.array_equal(many["train.0.logps"][at], few["train.0.logps"]) and at.sum() == 4
+    assert rows(lora)[0]["loss"] == pytest.approx(np.log(2), abs=1e-5) and rows(lora)[-1]["margin"] > .1
+    more = config("more", load=base, tune=dict(lora_load=str(b / "adapter"), dpo_beta=.5), train_iters=1)
+    assert training.run(more, json=True)["first_loss"] == pytest.approx(np.log(2), abs=1e-5)
+    apart = config("apart", load=base, tune=dict(lora_load=str(b / "adapter"), ref_model=base, dpo_beta=.5), train_iters=1)
+    assert training.run(apart, json=True)["margin"] > .1
+
+
+def test_lora_goes_on_with_the_file_too(config):
+    tune = dict(lora_target_modules=["q_proj", "v_proj"], lora_r=4, lora_dropout=.2)
+    base = training.run(config("base", stage="simpo", train_iters=1), json=True)["hf"]
+    a, b = config("a", load=base, tune=tune), config("b", load=base, tune=tune)
+    training.run(a, json=True)
+    broken_off(b, 5)
+    (RunDir(b.train.save).path / "reference.safetensors").unlink()
+    training.run(b, json=True)
+    assert [(r["loss"], r["margin"]) for r in rows(a)] == [(r["loss"], r["margin"]) for r in rows(b)]
 
 
 def test_the_file_is_read_by_name_alone(config):
