@@ -44,7 +44,7 @@ def _lengths(model, name): # module of the file -> the lengths of its rows that 
         size = p.size[1] if p.blocks[0].turned else p.size[0]
         out[p.stored.name.removesuffix(".weight")] = row = np.empty(size, np.float32)
         for b in p.blocks:
-            own = mine[b.part[0]].magnitude if b.part[0] in mine else at[b.part[0]].weight.norm(dim=-1)
+            own = mine[b.part[0]].magnitude if b.part[0] in mine else at[b.part[0]].weight.detach().norm(dim=-1)
             first, rows = _rows(b)
             row[first:first + b.rows[1] - b.rows[0]] = _numpy(own)[rows]
     return out
@@ -176,7 +176,7 @@ def place_adapter(
     name: str = "default" # of the adapter in this model
 ) -> None:
     "Put an adapter's numbers on the matrices that are here, and use it."
-    here = dict(model.named_parameters())
+    here = {*sites(model), *dict(model.named_parameters())}
     put(model, a.spec, name, {p: (x[0].shape[-2], x[2]) for p, x in a.lows.items() if p in here}, [p for p in a.whole if p in here])
     for p, pair in pairs(model, name).items():
         for mine, numbers in ((pair.A, a.lows[p][0]), (pair.B, a.lows[p][1]), (pair.magnitude, a.long.get(p))):

@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['NAME', 'adapts', 'spec_of', 'idle_tuning', 'rates', 'Plan', 'plan_adapter', 'fits', 'put_plan', 'bare', 'base_mark',
-           'write_base', 'check_base', 'adapter_run', 'base_model', 'open_tuned', 'tuned_model']
+           'write_base', 'check_base', 'adapter_run', 'base_model', 'open_tuned', 'tuned_model', 'name_adapters',
+           'load_adapters']
 
 # %% ../nbs/34d_adapter_runs.ipynb #c57dcef3
-import hashlib, json
+import hashlib, json, re
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 import torch
 from torch import nn
-from .adapter_files import Stored, open_adapter, place_adapter
-from .adapters import Change, LoraSpec, _switch, add_adapter, book, find_targets, merge_adapter, pairs, put, wholes
+from .adapter_files import Stored, load_adapter, open_adapter, place_adapter
+from .adapters import Change, LoraSpec, _switch, add_adapter, book, find_targets, merge_adapter, pairs, put, sites, use_adapter, wholes
 from .checkpoint import read_tensors
 from .config import RunConfig
 from .core import UserError, atomic_file, messages
@@ -22,6 +23,7 @@ from .dcp_format import find_step, is_step, step_model
 from .families import read_json
 from .hf_format import load_model
 from .model import Decoder
+from .nf4 import pack, unpack
 from .pipeline import stage_layers
 from .schema import load_yaml, save_yaml, to_dict
 from .shards import names
@@ -86,6 +88,8 @@ def plan_adapter(
 ) -> Plan | None: # None: all weights learn
     "What will be changed, and where it begins. Raises UserError for targets that are not there, and for an adapter of another rank or model."
     t = cfg.tune
+    if t.qlora_nf4 and not adapts(t): raise UserError("qlora_alone")
+    if t.qlora_nf4 and cfg.model.num_experts: raise UserError("nf4_experts", model=cfg.model.model_type)
     if not adapts(t): return None
     if not cfg.train.load: raise UserError("lora_no_base")
     with torch.device("meta"): model = Decoder(cfg.model)
@@ -100,6 +104,10 @@ messages(
                   "设置了 lora_target_modules，但没有要适配的模型；适配器是对已训练权重的修改。请传入 --load DIR。"),
     lora_other=("Found an adapter with {got} in {path}; expected {asked}, as asked. Leave these out: the adapter's own hold.",
                 "{path} 中的适配器为 {got}；要求的是 {asked}。请去掉这些设置：以适配器自身为准。"),
+    qlora_alone=("Found qlora_nf4 without lora_target_modules; expected targets, because weights in 4 bits do not learn. Name some, e.g. --lora-target-modules all-linear.",
+                 "设置了 qlora_nf4 但没有 lora_target_modules；4 比特权重不参与训练，须指定目标，例如 --lora-target-modules all-linear。"),
+    qlora_tp=("Found qlora_nf4 with tensor_model_parallel_size above 1; expected whole matrices, because a block of 4-bit numbers is not cut. Use data or pipeline parallel processes.",
+              "qlora_nf4 不支持 tensor_model_parallel_size 大于 1：4 比特的分块不可切分。请使用数据并行或流水线并行。"),
     lora_mc2=("Found use_ascend_mc2 with an adapter; expected one of them, because the joined operators know one matrix only. Leave use_ascend_mc2 out.",
               "use_ascend_mc2 与适配器不能同用：融合算子只支持单个矩阵。请去掉 use_ascend_mc2。"),
     lora_stage=("Found pipeline stage {stage} (layers {layers}) without anything that learns; expected a target in every stage. Name more targets, or use fewer stages.",
@@ -112,12 +120,17 @@ def fits(
     cfg: RunConfig, # its grid and model
     stages: int = 1 # of the pipeline, in all processes
 ) -> None:
-    "Raise UserError where this grid cannot train this adapter."
+    "Raise UserError where this grid cannot train this adapter, or cannot draw this noise."
     p = cfg.parallel
+    if cfg.tune.neftune_noise_alpha and p.context_parallel_size > 1: raise UserError("neftune_cp")
     if plan is None: return
     if p.use_ascend_mc2: raise UserError("lora_mc2")
+    if cfg.tune.qlora_nf4 and p.tensor_model_parallel_size > 1: raise UserError("qlora_tp")
     for i, layers in enumerate(stage_layers(p, cfg.model.num_hidden_layers, stages)):
         if not any(name.startswith(tuple(f"model.layers.{k}." for k in layers)) for name in plan.ranks): raise UserError("lora_stage", stage=i, layers=f"{layers.start}-{layers.stop - 1}")
+
+messages(neftune_cp=("Found neftune_noise_alpha with context_parallel_size above 1; expected whole texts in every process, whose length the noise depends on. Use context_parallel_size=1.",
+                     "neftune_noise_alpha 不支持 context_parallel_size 大于 1：噪声取决于文本长度，每个进程须有完整文本。请设 context_parallel_size=1。"))
 
 def put_plan(
     model: Decoder, # with the base's numbers; whole, or a stage that is not cut yet. Changed in place
@@ -125,7 +138,7 @@ def put_plan(
 ) -> None:
     "Put the adapter on what is here of the model; only it learns."
     if plan.file: return place_adapter(model, plan.file, NAME)
-    here = dict(model.named_parameters())
+    here = {*sites(model), *dict(model.named_parameters())}
     put(model, plan.spec, NAME, {p: x for p, x in plan.ranks.items() if p in here}, [p for p in plan.whole if p in here])
 
 @contextmanager
@@ -157,11 +170,12 @@ def base_mark(
 def write_base(
     run, # its folder
     plan: Plan, # of the run
-    load # its base
+    load, # its base
+    nf4: bool = False # did the base's matrices lie in four bits?
 ) -> None:
     "Write RUN/base.json."
     with atomic_file(Path(run) / "base.json") as f:
-        json.dump(dict(load=str(load), weights=base_mark(load), spec=asdict(plan.spec), ranks=plan.ranks, whole=plan.whole), f, indent=1)
+        json.dump(dict(load=str(load), weights=base_mark(load), nf4=nf4, spec=asdict(plan.spec), ranks=plan.ranks, whole=plan.whole), f, indent=1)
 
 def check_base(
     run, # a run folder with steps
@@ -204,6 +218,7 @@ def open_tuned(
     told = check_base(path if (path / "config.yaml").is_file() else path.parent, cfg.train.load)
     spec = LoraSpec(**{k: tuple(v) if isinstance(v, list) else v for k, v in told["spec"].items()})
     model = base_model(cfg.train.load)
+    if told["nf4"]: pack(model)
     put_plan(model, Plan(spec, {p: tuple(x) for p, x in told["ranks"].items()}, told["whole"], 0))
     read_tensors(find_step(path), {f"model.{n}": p.detach() for n, p in model.named_parameters() if p.requires_grad}, alone=True)
     return model.eval()
@@ -214,5 +229,30 @@ def tuned_model(
 ) -> Decoder: # the adapter is in the matrices
     "The model that a step stands for, as if all of its weights had been trained."
     model = open_tuned(path)
+    unpack(model)
     merge_adapter(model, keep=False)
     return model
+
+# %% ../nbs/34d_adapter_runs.ipynb #e5f22274
+def name_adapters(
+    folders: list # PEFT's folders, or runs that trained an adapter
+) -> dict: # name -> PEFT's folder
+    "A short name for each: its folder's, or its run's where that is called adapter; numbered where it is taken."
+    out = {}
+    for f in map(Path, folders):
+        folder = f / "adapter" if not (f / "adapter_config.json").is_file() and (f / "adapter").is_dir() else f
+        word = folder.absolute().parent.name if folder.name == "adapter" else folder.absolute().name
+        name = re.sub(r"[^A-Za-z0-9-]+", "-", word).strip("-") or "adapter"
+        out[next(n for n in (name, *(f"{name}-{i}" for i in range(2, len(folders) + 2))) if n not in out)] = folder
+    return out
+
+def load_adapters(
+    model: Decoder, # on its device; changed in place
+    folders: list # as for `name_adapters`
+) -> list: # their names; the first is at work
+    "Put finished adapters on a model. Raises UserError for one that is not there, or of another model."
+    found = name_adapters(folders)
+    for name, folder in found.items(): load_adapter(model, folder, name)
+    if found: use_adapter(model, next(iter(found)))
+    model.eval().requires_grad_(False)
+    return [*found]

@@ -15,6 +15,7 @@ from .datasets import GPTDataset, Loader, Marks, Sample, check_ids, collate_gpt,
 from .indexed import IndexedReader, pairs_like
 from .instruct_sets import PackedDataset, PairDataset, SFTDataset, collate_pairs
 from .sample_index import SPLITS, blend_step, split_bounds
+from .tuning import DATA_OF, stages_of
 _all_ = ["Loader"]
 
 # %% ../nbs/13b_blends.ipynb #41b23568
@@ -81,7 +82,7 @@ messages(
     packing_stage=("Found packing with stage={stage}; expected stage=sft: documents fill their samples anyway, and the two answers of a pair stay apart. Leave packing out.",
                    "stage={stage} 下设置了 packing；它仅用于 stage=sft：预训练样本本来就是满的，偏好对的两个回答须分开。请去掉 packing。"),
 )
-_HOLDS = {"sft": "_packed_input_ids_document", "pair": "_packed_chosen_input_ids_document"} # stage -> the file that says so
+_HOLDS = {"sft": "_packed_input_ids_document", "pair": "_packed_chosen_input_ids_document"} # kind -> the file that says so
 _MAKES = {"pretrain": "GeneralPretrainHandler", "sft": "AlpacaStyleInstructionHandler", "pair": "AlpacaStylePairwiseHandler"}
 
 def parse_blend(
@@ -101,11 +102,12 @@ def open_reader(
     stage: str # pretrain, sft or pair
 ) -> IndexedReader: # the pair of files that holds the ids
     "Open what the stage needs, or say which other files are there."
-    def other(found, right): return UserError("wrong_stage", found=found, stage=stage, right=right, handler=_MAKES[stage])
+    asked, stage = stage, DATA_OF.get(stage, stage)
+    def other(found, right): return UserError("wrong_stage", found=found, stage=asked, right=stages_of(right), handler=_MAKES[stage])
     whole, near = re.fullmatch(r"(.*)_packed_(chosen_|rejected_)?(input_ids|attention_mask|labels)_document", prefix), pairs_like(prefix)
     if whole:
         if (right := "pair" if whole[2] else "sft") != stage: raise other(prefix, right)
-        raise UserError("bare_prefix", got=prefix, want=whole[1], stage=stage)
+        raise UserError("bare_prefix", got=prefix, want=whole[1], stage=asked)
     here = next((s for s, suffix in _HOLDS.items() if suffix in near), None)
     if stage == "pretrain":
         if "" not in near and here: raise other(prefix + _HOLDS[here], here)
@@ -154,10 +156,11 @@ def build_datasets(
     eod: int | None = None # id of the end-of-text token, for reset_position_ids, reset_attention_mask and eod_mask_loss (pretraining)
 ) -> dict: # split name -> data set; a split without a share or a path is absent
     "The data sets of a run; with several processes all must call it. Raises UserError for files of another stage, too few tokens, ids outside the vocabulary."
-    one_of("stage", stage, _MAKES)
+    one_of("stage", stage, {**DATA_OF, **_MAKES})
     if data.packing and stage != "sft": raise UserError("packing_stage", stage=stage)
     paths = {n: p for n, p in _paths(data).items() if num_samples.get(n)}
     readers = {p: open_reader(p, stage) for prefixes, *_ in paths.values() for p in prefixes}
+    stage = DATA_OF.get(stage, stage)
     for r in readers.values():
         for a in np.linspace(0, max(0, r.num_tokens - 4096), 64).astype(int): check_ids(r.tokens[a:a + 4096], vocab_size, r.prefix)
     marks = _marks(data, eod, readers.values()) if stage == "pretrain" else None

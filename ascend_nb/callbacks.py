@@ -54,7 +54,9 @@ class MetricsLog(Callback):
     def on_log(self, t): self.run.log(t.row)
 
 # %% ../nbs/42_callbacks.ipynb #d2d309a1
-TAGS = dict(loss="train/loss", lr="train/lr", grad_norm="train/grad_norm", tokens_per_s="train/tokens_per_s", loss_scale="train/loss_scale", valid_loss="eval/loss")
+TAGS = dict(loss="train/loss", lr="train/lr", grad_norm="train/grad_norm", tokens_per_s="train/tokens_per_s", loss_scale="train/loss_scale", valid_loss="eval/loss",
+            chosen_reward="train/rewards/chosen", rejected_reward="train/rewards/rejected", margin="train/rewards/margin", accuracy="train/rewards/accuracy",
+            valid_margin="eval/rewards/margin", valid_accuracy="eval/rewards/accuracy")
 
 class TensorBoard(Callback):
     "Event files in the run folder. Raises UserError where tensorboard is not installed."
@@ -95,11 +97,12 @@ def _in_all(t, yes): # is it so in every process? They must go on, or stop, at t
 
 # %% ../nbs/42_callbacks.ipynb #f259e041
 class Checkpointer(Callback):
-    "A saved step each save_interval and at the end or a stop; the newest `keep_last` stay."
+    "A saved step each save_interval and at the end or a stop; the newest `keep_last` stay, and those that are a multiple of `keep_every`."
     order = 80
     def __init__(self,
-        run: RunDir # where
-    ): self.run, self.writer = run, None
+        run: RunDir, # where
+        keep_every: int = 0 # see GuardConfig; 0: keep_last alone counts
+    ): self.run, self.keep_every, self.writer = run, keep_every, None
 
     def before_fit(self, t): self.saved, self.writer = t.step, Writer() if t.cfg.async_save else None
     def after_step(self, t):
@@ -129,7 +132,7 @@ class Checkpointer(Callback):
         if self.writer and self.writer.finish(): self.prune(t)
 
     def prune(self, t: Trainer) -> None: # t: keep_last
-        if rank_info().is_main: self.run.prune(t.cfg.keep_last) # one process of many: two would rename the same folder
+        if rank_info().is_main: self.run.prune(t.cfg.keep_last, self.keep_every) # one process of many: two would rename the same folder
 
 # %% ../nbs/42_callbacks.ipynb #bf3b50c1
 class StopOnSignal(Callback):
@@ -191,7 +194,7 @@ def keep_batch(
     tokenizer=None # adds "text"
 ) -> None:
     "Write a batch as JSON lines, one a sample."
-    rows = [dict(sample=first + r, input_ids=i, labels=y) for r, (i, y) in enumerate(zip(batch.input_ids.tolist(), batch.labels.tolist()))]
+    rows = [dict(sample=first + r % batch.samples, input_ids=i, labels=y) for r, (i, y) in enumerate(zip(batch.input_ids.tolist(), batch.labels.tolist()))]
     with atomic_file(path) as f:
         for row in rows:
             if tokenizer: row["text"] = shown(row["input_ids"], row["labels"], tokenizer)
@@ -247,8 +250,8 @@ def _finite(t: Trainer, batch: Batch) -> bool:
 def _guilty(t: Trainer, batches: list) -> tuple | None: # (micro-batch, row); None: no single row does it
     for m, b in enumerate(batches):
         if b.cu_seqlens is not None: continue # rows of a packed batch do not stand alone
-        for r in range(len(b.input_ids)):
-            row = Batch(b.input_ids[r:r + 1], b.labels[r:r + 1], None if b.position_ids is None else b.position_ids[r:r + 1])
+        for r in range(b.samples):
+            row = b.one(r)
             if row.num_targets and not _finite(t, row): return m, r
     return None
 
@@ -266,9 +269,9 @@ def _fail(self: Guards,
     batches = s.batches if micro is None else s.batches[micro:micro + 1]
     found = _guilty(t, batches) if key == "not_finite" and s is t.now else None
     m = (micro or 0) + (found[0] if found else 0)
-    first = s.start["consumed"] + sum(len(b.input_ids) for b in s.batches[:m])
-    n, kept = len(s.batches[m].input_ids), ""
-    samples = str(first + found[1]) if found else f"{first} to {first + n - 1}" if micro is not None else f"{first} to {first + sum(len(b.input_ids) for b in batches) - 1}"
+    first = s.start["consumed"] + sum(b.samples for b in s.batches[:m])
+    n, kept = s.batches[m].samples, ""
+    samples = str(first + found[1]) if found else f"{first} to {first + n - 1}" if micro is not None else f"{first} to {first + sum(b.samples for b in batches) - 1}"
     if self.run:
         path = self.run.path / "bad_batch" / f"step_{s.number:07d}.jsonl"
         keep_batch(path, s.batches[m], first, self.tokenizer)
@@ -280,8 +283,9 @@ Guards.fail = _fail
 # %% ../nbs/42_callbacks.ipynb #95434402
 def usual(
     run: RunDir, # where they write
-    tokenizer=None # for the guards
+    tokenizer=None, # for the guards
+    keep_every: int = 0 # for the checkpoints
 ) -> list: # of Callback
     "The callbacks of `ascend_nb train`. Event files only where tensorboard is installed."
     tb = [TensorBoard(run)] if importlib.util.find_spec("tensorboard") else []
-    return [StopOnSignal(), StopOnRequest(run), Guards(run, tokenizer), Validation(), MetricsLog(run), *tb, Checkpointer(run), ProgressBar()]
+    return [StopOnSignal(), StopOnRequest(run), Guards(run, tokenizer), Validation(), MetricsLog(run), *tb, Checkpointer(run, keep_every), ProgressBar()]

@@ -286,10 +286,11 @@ def _alive(pid: int) -> bool:
     return True
 
 def _prune(self: RunDir,
-    keep: int # how many whole steps stay
+    keep: int, # how many whole steps stay
+    every: int = 0 # a step that is a multiple of this stays for ever; 0: none does
 ) -> list: # the steps that were removed
     "Remove old steps; the newest `keep` whole ones stay."
-    old = self.steps()[:-keep]
+    old = [s for s in self.steps()[:-keep] if not every or s % every]
     for s in old:
         gone = self.path / f".step_{s:07d}.tmp-{os.getpid()}-gone"
         os.replace(self.step_path(s), gone); shutil.rmtree(gone)

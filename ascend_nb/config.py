@@ -16,7 +16,7 @@ from .guarding import GuardConfig
 from .measuring import CompareConfig, EvalConfig # noqa: F401
 from .serving import ServeConfig # noqa: F401
 from .shapes import ModelConfig, ShapeConfig
-from .tuning import TuneConfig
+from .tuning import AdapterConfig, DATA_OF, TuneConfig
 
 # %% ../nbs/03_config.ipynb #55492ffa
 @dataclass
@@ -172,7 +172,7 @@ class OptimizerConfig:
 @dataclass
 class TrainConfig(OptimizerConfig):
     "The loop: how long, how fast, how often to look and to save. Megatron's flags."
-    stage: str = knob("pretrain", choices=("pretrain", "sft")) # pretrain: every token counts; sft: only answers count
+    stage: str = knob("pretrain", choices=tuple(DATA_OF)) # pretrain: every token counts; sft: answers; dpo, simpo, orpo: that one answer is better than another; rm: the same, told by a reward model
     load: str = "" # Hugging Face folder to start from, or a run folder or step of which only the weights are taken; empty: new weights in the shape of the section `model`
     save: str = "runs/run" # run folder: config, metrics, steps
     resume: str = knob("auto", choices=("auto", "never", "must"), advanced=True) # go on from the newest whole step in the run folder
@@ -242,7 +242,7 @@ class SampleConfig:
     seed: int = 1234 # of the draws
 
 @dataclass(kw_only=True)
-class GenerateConfig(SampleConfig):
+class GenerateConfig(SampleConfig, AdapterConfig):
     "Continue a text. stdout carries the continuation only."
     model: str = knob() # Hugging Face folder, or a run folder or step of `train`
     prompt: str = knob("") # text to continue; empty: read from stdin
@@ -254,7 +254,7 @@ class GenerateConfig(SampleConfig):
 
 # %% ../nbs/03_config.ipynb #84a35a56
 @dataclass(kw_only=True)
-class ChatConfig(SampleConfig):
+class ChatConfig(SampleConfig, AdapterConfig):
     "Talk with a model; q, quit or exit leaves, clear or new forgets."
     model: str = knob() # Hugging Face folder, or a run folder or step of `train`
     system: str = "" # system prompt; empty: the template's own

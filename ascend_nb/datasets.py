@@ -37,6 +37,11 @@ class Batch:
     def __post_init__(self):
         if self.num_targets < 0: self.num_targets = int((self.labels != -100).sum())
 
+    @property
+    def samples(self) -> int: return len(self.input_ids) # of the data set
+    def one(self, i: int) -> "Batch": # i: a sample of a batch that is not packed; the batch of it alone
+        return Batch(self.input_ids[i:i + 1], self.labels[i:i + 1], None if self.position_ids is None else self.position_ids[i:i + 1])
+
     def to(self,
         device # torch.device or its name
     ) -> "Batch":

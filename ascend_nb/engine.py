@@ -30,13 +30,14 @@ def build_stages(
     mesh: Mesh, # all axes
     p: ParallelConfig, # all switches
     device, # where
-    dtype: torch.dtype = torch.float32 # what layers compute in
+    dtype: torch.dtype = torch.float32, # what layers compute in
+    make: type = Decoder # class of the whole model
 ) -> dict: # stage number -> Decoder
     "The stages of this process, whole but for step 5."
     n = mesh.sizes.pp * mesh.sizes.vpp
     name, layers, out = schedule_name(p, mesh.sizes.vpp), stage_layers(p, cfg.num_hidden_layers, n), {}
     for s in my_stages(name, mesh):
-        with torch.device("meta"): model = Decoder(cfg)
+        with torch.device("meta"): model = make(cfg)
         if n > 1: cut_stage(model, layers[s], s == 0, s == n - 1)
         fill(model.to_empty(device="cpu"))
         deal_experts(model, mesh, p)

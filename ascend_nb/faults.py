@@ -140,7 +140,7 @@ def _spoil(t, f): t.now.batches[0].input_ids[0, 0] = 2**40
 
 def _shuffle(t, f):
     g = torch.Generator().manual_seed(f.step)
-    for b in t.now.batches: b.labels[b.labels != -100] = b.labels[b.labels != -100][torch.randperm(int((b.labels != -100).sum()), generator=g)]
+    for b in t.now.batches: b.labels[b.labels != -100] = torch.randint(int(b.labels.max()) + 1, (int((b.labels != -100).sum()),), generator=g)
 
 ACTIONS = {"kill": _die(signal.SIGKILL), "term": _die(signal.SIGTERM), "hang": _hang, "error": _raise, "memory": _memory, "flip": _flip, "bad_batch": _spoil, "spike": _shuffle,
            "nan": lambda t, f: _gradient(t).view(-1)[0].fill_(float("nan")), "slow": lambda t, f: time.sleep(f.seconds)}
@@ -148,7 +148,7 @@ ACTIONS = {"kill": _die(signal.SIGKILL), "term": _die(signal.SIGTERM), "hang": _
 # %% ../nbs/42c_faults.ipynb #44649a93
 class Faults(Callback):
     "Makes faults happen in this process, and keeps the time line."
-    order = 7
+    order = 1 # before whoever looks for damage
     def __init__(self,
         faults: list, # of Fault, of all processes
         run: RunDir # keeps what has happened
@@ -242,7 +242,7 @@ class Clock(Callback):
             if r.get("recovered_s") is not None: say(f"{r.get('fault') or r['what']}: {r['recovered_s']:.1f} s until the run had done a step that it had not done before")
 
 # %% ../nbs/42c_faults.ipynb #26881931
-_QUIET = "start", "step", "end" # what is no incident
+_QUIET = "start", "step", "end", "links" # what is no incident
 
 def timeline(
     run: RunDir # whose run was disturbed

@@ -310,7 +310,7 @@ def load(
     "What a command needs to speak. The tokenizer comes first: its mistakes show before the weights are read."
     device = pick_device(cfg.device).value
     tokenizer = load_tokenizer(tokenizer_folder(cfg.model))
-    return open_model(cfg.model, device, pick_dtype(cfg.dtype, device).value, mesh), tokenizer
+    return open_model(cfg.model, device, pick_dtype(cfg.dtype, device).value, mesh, getattr(cfg, "lora_load", ())), tokenizer
 
 # %% ../nbs/50_generate.ipynb #f4b826ce
 def _read_prompt(cfg: GenerateConfig) -> str:

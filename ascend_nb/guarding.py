@@ -14,11 +14,14 @@ from .schema import knob
 class GuardConfig:
     "What a run does about what goes wrong."
     keep_every: int = knob(0, low=0, advanced=True) # steps that are a multiple of this are never removed; 0: only keep_last counts
-    last_breath: bool = knob(True, advanced=True) # save the last completed step when the run is ended by an error, a signal or the death of another process
-    replicate_optimizer: bool = knob(False, flags=("--enable-high-availability=true",), advanced=True) # every shard of the optimizer lives in two groups of processes: the death of one loses no step
-    step_retries: int = knob(0, low=0, advanced=True) # times that a step is done again after an error that may pass; 0: stop at once
-    spike_factor: float = knob(0.0, low=0, advanced=True) # a loss above the running mean by this many deviations is a spike; 0: not looked at
-    on_spike: str = knob("skip", choices=("skip", "stop"), advanced=True) # leave the step's samples out, or stop
-    corruption_interval: int = knob(0, low=0, advanced=True) # steps between comparisons of the copies of every weight; 0: never
-    preflight: bool = knob(True, advanced=True) # before the first step: room for two checkpoints, clocks, the way between processes
+    last_breath: bool = knob(True, advanced=True) # each process writes what it holds of the last completed step when the run is ended by an error, a signal or the death of another process
+    replicate_optimizer: bool = knob(False, flags=("--enable-high-availability=true",), advanced=True) # weights and optimizer live in two groups of data parallel processes, each with all of them: the death of one process loses no step
+    step_timeout: float = knob(0.0, low=0, advanced=True) # seconds that a step may take, from the second on; longer: a process hangs, and all end, so that torchrun starts them again; 0: distributed_timeout_minutes alone
+    step_retries: int = knob(0, low=0, flags=("--enable-hbmfault-repair=3",), advanced=True) # times that a step is done again after an error that may pass (a number that is not finite, a damaged batch, an error of the device's memory); 0: stop at once. The loss is then read at each step, for which an accelerator is waited for
+    step_copy: bool = knob(True, flags=("--enable-optimizer-state-local-copy=true",), advanced=True) # with step_retries: a copy of weights and moments in the host's memory, renewed at each step (12 bytes a parameter), for errors of the device's memory
+    spike_factor: float = knob(0.0, low=0, advanced=True) # a loss above the median of the last ones by this many deviations is a spike, e.g. 10; 0: not looked at
+    on_spike: str = knob("skip", choices=("skip", "stop"), advanced=True) # leave the step's samples out, or stop and keep a batch
+    corruption_interval: int = knob(0, low=0, advanced=True) # steps between comparisons of the copies of every weight, which then come before each save too; 0: never
+    preflight: bool = knob(True, advanced=True) # before the first step: room for two checkpoints, clocks, the speed between processes
+    slow_factor: float = knob(1.5, low=0, advanced=True) # a process that takes more than this times the median is named in the log; 0: nobody's time is compared
     inject: str = knob("", advanced=True) # faults made on purpose, e.g. kill:rank=1,step=7; nan:step=9

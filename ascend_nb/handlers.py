@@ -99,7 +99,7 @@ def _said(turn, key):
 messages(want_history=("a list of [question, answer]", "由 [提问, 回答] 组成的列表"), want_two=("[better, worse]", "[较好, 较差]"),
          want_answer=("an answer: a turn, or text", "一个回答：一轮对话或文本"), other_talk=("other messages than in {key}", "与 {key} 不同的消息"),
          same_talk=("the same ones up to the last answer", "在最后的回答之前应相同"),
-         same_answer=("the same answer as the chosen one", "与较好的回答相同的内容"), other_answer=("another one: equal answers teach no preference", "不同的回答：相同的回答无法体现偏好"))
+         same_answer=("the same answer as the chosen one", "与较好的回答相同的内容"), no_answer=("no answer", "空的回答"), both_answers=("both answers: one alone says nothing about preference", "两个回答：单个回答不能说明偏好"), other_answer=("another one: equal answers teach no preference", "不同的回答：相同的回答无法体现偏好"))
 
 def _question(row): return "\n".join(filter(None, (cell(row, "instruction"), cell(row, "input"))))
 
@@ -177,25 +177,26 @@ def moss_multi_turn(
 PAIR = dict(chosen="chosen", rejected="rejected")
 
 def _two(row):
-    "The texts of a better and a worse answer: in columns of their own, or as the two of column output; and the worse one's column."
+    "The texts of a better and a worse answer: in columns of their own, or as the two of column output; and their columns."
     if row.get("chosen") is None and isinstance(v := row.get("output"), list):
         if len(v) < 2: raise BadCell("output", shown(v), phrase("want_two"))
-        return [cell({"output": x}, "output") for x in v[:2]], "output"
-    return [cell(row | {k: row[k][0]} if isinstance(row.get(k), list) and len(row[k]) == 1 else row, k) for k in PAIR], "rejected"
+        return [cell({"output": x}, "output") for x in v[:2]], ("output", "output")
+    return [cell(row | {k: row[k][0]} if isinstance(row.get(k), list) and len(row[k]) == 1 else row, k) for k in PAIR], tuple(PAIR)
 
-def _pair(better, worse, key):
-    "A pair, or None where somebody says nothing. Raises BadCell for the same answer twice."
-    pair = filled(Pair(better, worse))
-    if pair and better.messages[-1] == worse.messages[-1]: raise BadCell(key, phrase("same_answer"), phrase("other_answer"))
-    return pair
+def _pair(better, worse, keys):
+    "A pair, or None where nobody answers or asks. Raises BadCell for one answer alone, and for the same answer twice."
+    mute = [key for key, side in zip(keys, (better, worse)) if filled(side) is None]
+    if len(mute) == 1: raise BadCell(mute[0], phrase("no_answer"), phrase("both_answers"))
+    if not mute and better.messages[-1] == worse.messages[-1]: raise BadCell(keys[1], phrase("same_answer"), phrase("other_answer"))
+    return None if mute else Pair(better, worse)
 
 @handler("AlpacaStylePairwiseHandler", "pair", ("instruction",), ALPACA | dict(history="history", system="system", tools="tools") | PAIR)
 def alpaca_pairwise(
     row: dict # column -> value
 ) -> Pair | None: # None where a question or an answer is empty
     "instruction, input, chosen and rejected (or output: [better, worse, …]), and where present system, tools and history"
-    turns, question, system, (answers, key) = _history(row), _question(row), cell(row, "system"), _two(row)
-    return _pair(*(chat([*turns, (question, answer)], system, tools_of(row)) for answer in answers), key)
+    turns, question, system, (answers, keys) = _history(row), _question(row), cell(row, "system"), _two(row)
+    return _pair(*(chat([*turns, (question, answer)], system, tools_of(row)) for answer in answers), keys)
 
 def _answer(row, key, tags):
     "A chosen or rejected answer as a message."
@@ -220,7 +221,7 @@ def sharegpt_pairwise(
         said = sharegpt_messages(row, "conversations", tags, answered=False)
         better, worse = ([*said, _answer(row, k, tags)] for k in keys)
     if better[:-1] != worse[:-1]: raise BadCell(keys[1], phrase("other_talk", key=keys[0]), phrase("same_talk"))
-    return _pair(Record(better, tools_of(row)), Record(worse, tools_of(row)), keys[1])
+    return _pair(Record(better, tools_of(row)), Record(worse, tools_of(row)), keys)
 
 # %% ../nbs/10b_handlers.ipynb #6362a4c5
 ALIASES = {"HunyuanInstructionHandler": "SharegptStyleInstructionHandler"} # whose chats go through the tokenizer's own template here as well

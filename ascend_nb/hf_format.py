@@ -223,9 +223,10 @@ class Packed:
         self.entry, self.parts, self.shape, self.dtype = entry, parts, shape, parts[0].dtype
     def detach(self) -> Tensor: return RULES[self.entry.rule].join([p.detach() for p in self.parts])
 
-def _hf_state(model): # name in the file -> Tensor, or Packed
-    state, shapes, out = model.state_dict(), canonical_shapes(model.cfg), {}
+def _hf_state(model, head): # name in the file -> Tensor, or Packed
+    state, shapes, out = model.state_dict(), canonical_shapes(model.cfg), dict(head or {})
     for e in hf_entries(model.cfg):
+        if head and e.parts[0].name == "lm_head.weight": continue
         parts = [state[p.name] if p.index is None else state[p.name][p.index] for p in e.parts]
         out[e.hf] = parts[0] if e.rule == "copy" else Packed(e, parts, hf_shape(e, model.cfg, shapes))
     return out
@@ -236,15 +237,17 @@ def save_model(
     folder, # new, or with an earlier model, which is replaced
     tokenizer=None, # its files are put beside the model
     base_config=None, # config.json or folder of the model that this one came from: keys without effect on the numbers are kept
-    max_shard_bytes: int = 5 * 10**9 # a larger model is cut into files of at most this size; transformers' old default
+    max_shard_bytes: int = 5 * 10**9, # a larger model is cut into files of at most this size; transformers' old default
+    head: dict | None = None, # name -> Tensor in the place of the language model's head: a reward model's; none: it has its own
+    config: dict | None = None # keys of config.json that tell of such a head
 ) -> Path: # the folder
     "Save a model so that transformers opens it. Raises UserError where the disk is too full or the folder holds other files."
-    state, folder = _hf_state(model), Path(folder)
+    state, folder = _hf_state(model, head), Path(folder)
     sizes = {k: _bytes(t) for k, t in state.items()}
     files, size = deal(sizes, max_shard_bytes), sum(sizes.values())
     _replaceable(folder)
     check_space(folder, size + 2**24) # and 16 MiB for the tokenizer and the rest
-    hf = config_to_hf(model.cfg, base_config and read_config(base_config), str(next(iter(state.values())).dtype).removeprefix("torch."))
+    hf = config_to_hf(model.cfg, base_config and read_config(base_config), str(next(iter(state.values())).dtype).removeprefix("torch.")) | (config or {})
     with atomic_dir(folder, replace=True) as tmp, Progress(math.ceil(size / 2**20), f"Saving {folder.name} (MiB)", quiet=size < 4 * 10**9) as bar:
         for name, keys in files.items(): write_safetensors(tmp / name, {k: state[k] for k in keys}, lambda n: bar.update(n / 2**20))
         if len(files) > 1: (tmp / f"{SAFE}.index.json").write_text(index_text(sizes, files), encoding="utf-8")

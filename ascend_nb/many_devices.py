@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from .adapter_runs import adapter_run, tuned_model
+from .adapter_runs import adapter_run, base_model, load_adapters
+from .adapters import merge_adapter
 from .checkpoint import read_tensors, stored
 from .config import ModelConfig, ParallelConfig, RunConfig
 from .core import UserError, messages, pick_device, rank_info
@@ -153,19 +154,35 @@ def _fill_from_model(model, whole, mesh, device, dtype): # a model that was put 
     model.load_state_dict(state, assign=True)
     return model
 
+
+messages(adapters_many=("Found {n} adapters for a model in several processes; expected one, which is merged into the parts. Pass one, or talk in one process.",
+                        "多进程模型给出了 {n} 个适配器；只能有一个（合并到各部分中）。请只传一个，或使用单进程。"))
+
+def _merged(path, adapters): # on the host
+    model = base_model(path)
+    if adapters:
+        load_adapters(model, adapters)
+        merge_adapter(model, keep=False)
+    return model
+
 # %% ../nbs/49_many_devices.ipynb #f64c0020
 def open_model(
     path, # a Hugging Face folder, a run folder or a step
     device="cpu", # where the weights go
     dtype: torch.dtype = torch.float32, # what the model computes in
-    mesh: Mesh | None = None # from `meet`; None: one process
+    mesh: Mesh | None = None, # from `meet`; None: one process
+    adapters: list = () # folders, as for `load_adapters`; over many processes one alone, which is merged
 ): # Decoder or Spread, in eval mode
     "Load a model, or this process's part of it. Raises UserError for a folder that holds none."
     step = holds_step(path)
+    if mesh and len(adapters) > 1: raise UserError("adapters_many", n=len(adapters))
+    if mesh is None and adapters:
+        load_adapters(model := open_model(path, device, dtype), adapters)
+        return model
     if mesh is None and not step: return load_model(path, device, dtype)
     where = mesh or Mesh(Sizes())
     model = own_part(shape_of(path), where)
-    if step and adapter_run(path): model = _fill_from_model(model, tuned_model(path), where, device, dtype)
+    if adapters or step and adapter_run(path): model = _fill_from_model(model, _merged(path, adapters), where, device, dtype)
     else: model = _fill_from_step(model, find_step(Path(path)), where, device, dtype) if step else _fill_from_hf(model, path, where, device, dtype)
     model = model.eval().requires_grad_(False)
     return Spread(model, mesh) if mesh else model

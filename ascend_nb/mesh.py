@@ -193,6 +193,8 @@ def share(self: Mesh,
 # %% ../nbs/24_mesh.ipynb #fa3b44b1
 BACKENDS = {"cpu": "gloo", "npu": "cpu:gloo,npu:hccl", "cuda": "cpu:gloo,cuda:nccl"} # device type -> how it talks
 
+def _hosted() -> bool: return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" # torchrun holds the store, and still does when it has started all processes again
+
 _OPEN: dict = {} # (host, port, attempt) -> the store of this process: one that serves others must outlive the mistake that ends its process
 
 def _within(make, seconds: float): # what it returns; TimeoutError
@@ -209,8 +211,7 @@ def _within(make, seconds: float): # what it returns; TimeoutError
 
 # %% ../nbs/24_mesh.ipynb #a3da31a2
 def _open(host, port, r, wait): # the store; UserError
-    hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" # torchrun holds it
-    serve, end = r.rank == 0 and not hosted, time.monotonic() + wait.total_seconds()
+    serve, end = r.rank == 0 and not _hosted(), time.monotonic() + wait.total_seconds()
     make = lambda: dist.TCPStore(host, port, r.world_size, is_master=serve, timeout=wait, wait_for_workers=False, multi_tenant=False)
     try:
         if serve: return make()
@@ -230,7 +231,8 @@ def reach(
     wait: timedelta # for rank 0, or torchrun, to listen
 ): # the key-value store of this attempt, the same at every call
     "What all processes can write to and read from before they are a group. Raises UserError for a port in use, and where nobody answers."
-    host, port, attempt = os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT", "29500")), os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+    host, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT", "29500"))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0) if _hosted() else 0 # hosts that come later count their attempts from zero; a store of our own is new in each
     if (host, port, attempt) not in _OPEN: _OPEN[host, port, attempt] = _open(host, port, r, wait)
     return dist.PrefixStore(f"ascend_nb/{attempt}", _OPEN[host, port, attempt])
 

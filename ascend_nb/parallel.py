@@ -243,6 +243,7 @@ def _cut_ends(model, tp, doors):
         Cut(summands=doors.sequence)._apply(stack.norm, tp)
         _wrap(stack, None, doors.enter) # the head sees all tokens
     if model.lm_head is not None: Cut(ROWS)._apply(model.lm_head, tp)
+    if getattr(model, "score", None) is not None: Cut(COLUMNS)._apply(model.score, tp) # a reward model's one row
 
 # %% ../nbs/25_parallel_layers.ipynb #9cf86cf2
 class _VocabCE(torch.autograd.Function):

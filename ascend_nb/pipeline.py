@@ -99,7 +99,7 @@ def shim(
     hidden: Tensor # (B, S, H), what it gave
 ): # has .hidden(…), .head_weight, .softcap, .logits as a Decoder
     "A model whose forward pass is done: what a loss function is called with."
-    return SimpleNamespace(hidden=lambda *args, **kw: hidden, head_weight=model.head_weight, softcap=model.softcap, logits=model.logits, cfg=model.cfg, modules=lambda: iter(()))
+    return SimpleNamespace(hidden=lambda *args, **kw: hidden, head_weight=model.head_weight, softcap=model.softcap, logits=model.logits, cfg=model.cfg, training=model.training, modules=lambda: iter(()))
 
 # %% ../nbs/27_pipeline.ipynb #c04bd22e
 class Pipeline:

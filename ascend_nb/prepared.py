@@ -18,6 +18,7 @@ from .preprocess import describe, output_prefixes, run
 from .rows import BadRows
 from .sample_index import SPLITS, once
 from .tokenizers import load_tokenizer
+from .tuning import DATA_OF, stages_of
 
 # %% ../nbs/14b_prepared.ipynb #51b042c8
 def is_raw(
@@ -48,7 +49,7 @@ def _plan(path, data, stage, tokenizer_path):
     "(PreprocessConfig, key, prefixes of the pairs, what training is given) of one raw entry."
     if not tokenizer_path: raise UserError("raw_no_tokenizer", path=path)
     source = open_source(data, path, BadRows("skip"))
-    if (right := _STAGE[source.kind]) != stage: raise UserError("raw_stage", path=path, kind=source.kind, why=source.reason, right=right, stage=stage)
+    if (right := _STAGE[source.kind]) != DATA_OF.get(stage, stage): raise UserError("raw_stage", path=path, kind=source.kind, why=source.reason, right=stages_of(right), stage=stage)
     if source.kind == "text" and len(data.json_keys) > 1: raise UserError("raw_keys", keys=", ".join(data.json_keys), path=path)
     knobs = {f.name: getattr(data, f.name) for f in fields(RowsConfig)}
     more = [hashlib.sha256(Path(p).read_bytes()).hexdigest() for p in (data.prompt_type_path, data.hf_datasets_params) if p]

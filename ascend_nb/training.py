@@ -8,28 +8,35 @@ __all__ = ['FREE', 'resolve', 'loaders', 'changed', 'find_resume', 'weights', 'J
 
 # %% ../nbs/43_training.ipynb #7f45f9bf
 import json as jsonlib, signal
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from .adapter_files import save_adapter
 from .adapter_runs import Plan, adapter_run, check_base, fits, idle_tuning, open_tuned, plan_adapter, rates, tuned_model, write_base
 from .adapters import merge_adapter
-from .blends import Loader, build_datasets, collate_for
+from .blends import Loader, build_datasets
+from .breath import rescue
 from .checkpoint import RunDir
 from .config import ModelConfig, RunConfig
-from .core import UserError, check_space, make_deterministic, messages, rank_info, say, seed_all
+from .core import UserError, check_space, human_bytes, make_deterministic, messages, rank_info, say, seed_all
 from .convert import as_model
 from .dcp_format import is_step, model_folder, open_step
-from .faults import inject
 from .families import check_length, check_vocab, config_from_hf, config_to_hf
-from .hf_format import load_model, save_model
-from .losses import causal_lm_loss
+from .hf_format import load_model
+from .last_breath import lifelines
 from .mesh import Mesh, Sizes
 from .model import Decoder
+from .nf4 import packed_size, unpack
 from .parallel_trainer import ParallelTrainer
+from .preflight import preflight
 from .prepared import prepared
 from .schema import load_yaml, save_yaml, to_dict
 from .spread import build_engine, crew, end, fit_grid, idle, pad_unit, whole_model
+from .stages import STAGES, ask_reference, check_stage, idle_knobs, reference_of, rewards, wanted
+from .reference import Reference
+from .reward import pad_of
 from .tokenizers import load_tokenizer
+from .tuning import DATA_OF
+from .watchers import watchers
 
 # %% ../nbs/43_training.ipynb #e35baefa
 def _shape(cfg: RunConfig, tokenizer) -> ModelConfig:
@@ -55,6 +62,7 @@ def resolve(
     model = _shape(cfg, tokenizer)
     if tokenizer is not None: check_vocab(model, tokenizer.vocab_size)
     check_length(model, cfg.data.seq_length)
+    check_stage(replace(cfg, model=model))
     config_to_hf(model) # a setting that no family can hold is told now, not when the finished model is saved
     return replace(cfg, model=model, data=replace(cfg.data, tokenizer_name_or_path=str(path))), tokenizer
 
@@ -76,13 +84,13 @@ def loaders(
     "The loaders of a run. Raises UserError for data that is not there, of another stage, too short, or outside the vocabulary."
     mesh = mesh or Mesh(Sizes())
     t, d, world = cfg.train, replace(cfg.data, pad_to_multiple_of=pad_unit(cfg)), mesh.sizes.data
-    want = dict(train=t.train_iters * t.micro_batch_size * world * t.accumulation(world), valid=t.eval_iters * t.micro_batch_size * world if t.eval_interval else 0)
+    want = wanted(t, world)
     eod = tokenizer.eos_token_id if tokenizer is not None else next(iter(cfg.model.eos_token_id), None)
     sets = build_datasets(prepared(d, t.stage), t.stage, want, t.seed, cfg.model.vocab_size, eod)
     for name, n in want.items():
         if n and name not in sets: raise UserError("no_split", name=name, split=d.split)
-    pad = [i for i in (cfg.model.pad_token_id, *cfg.model.eos_token_id, 0) if i is not None][0]
-    return {name: Loader(s, t.micro_batch_size, collate_for(d, t.stage, pad), rank=mesh.data, world=world) for name, s in sets.items()}
+    collate = STAGES[t.stage].collate(d, t.stage, pad_of(cfg.model))
+    return {name: Loader(s, t.micro_batch_size, collate, rank=mesh.data, world=world) for name, s in sets.items()}
 
 messages(no_split=("Found no {name} samples with split={split}; expected some. Give that part of split (training,validation,test) more, or set eval_interval=0.",
                    "split={split} 下没有 {name} 样本。请增大 split（训练,验证,测试）中对应的部分，或设 eval_interval=0。"))
@@ -114,7 +122,11 @@ def find_resume(
     "Where to begin. Raises UserError for steps that must not be overwritten, and for a config that does not continue them."
     how = cfg.train.resume
     if how == "never" and run.folders(): raise UserError("run_exists", path=run.path, steps=", ".join(map(str, run.folders())))
-    step = run.latest(say) if how != "never" else None
+    step = None
+    if how != "never":
+        step = run.latest(say)
+        if (run.path / "breath").is_dir():
+            with run.lock(): step = rescue(run, step, say)
     if step is None:
         if how == "must": raise UserError("nothing_to_resume", path=run.path)
         return None
@@ -153,72 +165,93 @@ class Job:
     begin: int | None # the step it goes on from
     mesh: Mesh # this process in the grid
     plan: Plan | None = None # of the adapter that learns; None: all weights do
+    flight: list = field(default_factory=list) # what was measured before the first step, as lines for people
+    reference: Reference | None = None # what the reference model says of the data; none: the stage needs none
 
 def build(
     cfg: RunConfig, # what the user asked for
     callbacks=() # more Callback objects than the usual ones
 ) -> Job:
-    "Build a run. Raises UserError for whatever is wrong with it; writes nothing."
+    "Build a run. Raises UserError for whatever is wrong with it; writes nothing, but for a step that the survivors of an accident have left in parts."
     if cfg.train.deterministic: make_deterministic() # before anything makes a process group
     cfg, tokenizer = resolve(cfg)
     t, run, plan = cfg.train, RunDir(cfg.train.save), plan_adapter(cfg)
     mesh = fit_grid(cfg)
     fits(plan, cfg, mesh.sizes.pp * mesh.sizes.vpp)
-    watchers = inject(cfg.guard.inject, run, mesh.sizes.world, t.train_iters)
+    guards = watchers(cfg, run, mesh.sizes.world, tokenizer)
     data = loaders(cfg, tokenizer, mesh)
     begin = mesh.share(lambda: find_resume(run, cfg))
     if plan and begin is not None: mesh.share(lambda: check_base(run.path, t.load))
-    check_space(run.path, 12 * (plan.size if plan else cfg.model.num_params()) + 4 * cfg.model.num_params()) # what learns and its two moments, the finished model
-    seed_all(t.seed + (mesh.data if plan else 0)) # what adapters draw differs from sample to sample
-    trainer = ParallelTrainer(build_engine(cfg, mesh, weights, plan), t, data["train"], causal_lm_loss, [*crew(run, tokenizer, mesh), *watchers, *callbacks], data.get("valid"), rates(cfg.tune))
+    check_space(run.path, 12 * (1 + cfg.guard.preflight) * (plan.size if plan else cfg.model.num_params()) + 4 * cfg.model.num_params()) # what learns and its two moments, twice: a step takes the place of an older one when it is whole; the finished model
+    seed_all(t.seed + (mesh.data if plan or cfg.tune.neftune_noise_alpha else 0)) # what is drawn in a step differs from sample to sample
+    stage = STAGES[t.stage]
+    loss, engine = stage.loss(cfg.tune), build_engine(cfg, mesh, stage.load(weights, t.seed), stage.make, plan)
+    guards += [loss] if hasattr(loss, "after_update") else []
+    trainer = ParallelTrainer(engine, t, data["train"], loss, [*crew(run, tokenizer, mesh, cfg.guard.keep_every), *lifelines(cfg.guard, run, mesh.main), *guards, *callbacks], data.get("valid"), rates(cfg.tune))
+    reference = reference_of(cfg, data, mesh, run, trainer.dtype_choice.value)
+    if reference and not reference.find(fresh=begin is None) and begin is not None: ask_reference(reference, cfg, trainer, weights) # while the model is what it was
     if begin is not None: trainer.restore(run, begin, checked=True)
-    return Job(cfg, run, trainer, tokenizer, begin, mesh, plan)
+    return Job(cfg, run, trainer, tokenizer, begin, mesh, plan, preflight(mesh) if cfg.guard.preflight else [], reference)
 
 # %% ../nbs/43_training.ipynb #35e545ca
+def _in_bits(tr): # a line where matrices lie in four bits
+    n, size = packed_size(tr.engine.models)
+    return [f"base      {n:,} numbers of this process in {8 * size / n:.2f} bits each: {human_bytes(size)} instead of {human_bytes(4 * n)}"] if n else []
+
 def describe(
     job: Job # built
 ) -> list: # lines for people
     "What was chosen, and why."
     t, d, m, tr, dp = job.cfg.train, job.cfg.data, job.cfg.model, job.trainer, job.mesh.sizes.data
     samples, seen = len(tr.loader.dataset), t.train_iters * t.micro_batch_size * tr.accumulation * dp
-    tokens = f", up to {seen * d.seq_length:,} tokens" if t.stage == "sft" else f", {seen * d.seq_length:,} tokens"
+    kind = DATA_OF[t.stage]
+    most, what = "" if kind == "pretrain" else "at most ", "pairs of answers" if kind == "pair" else "samples"
     return [f"device    {tr.device_choice}", f"dtype     {tr.dtype_choice}",
             f"model     {m.model_type}, {m.num_params():,} parameters, {'from ' + t.load if t.load else f'new weights, seed {t.seed}'}",
-            *([f"adapter   {job.plan}"] if job.plan else []),
-            f"data      {' '.join(d.data_path or d.train_data_path)}: {samples:,} samples of {'at most ' if t.stage == 'sft' else ''}{d.seq_length} tokens",
-            *([f"grid      {job.mesh.sizes}"] if job.mesh.sizes.world > 1 else []), *(f"note      {x}" for x in (*idle(job.cfg.parallel, m, job.mesh), *idle_tuning(job.cfg.tune))),
+            *([f"adapter   {job.plan}"] if job.plan else []), *_in_bits(tr),
+            f"data      {' '.join(d.data_path or d.train_data_path)}: {samples:,} {what} of {most}{d.seq_length} tokens",
+            *([f"grid      {job.mesh.sizes}"] if job.mesh.sizes.world > 1 else []), *job.flight, *(f"note      {x}" for x in (*idle(job.cfg.parallel, m, job.mesh), *idle_tuning(job.cfg.tune), *idle_knobs(job.cfg))),
             f"step      {t.micro_batch_size} samples x {tr.accumulation} micro-batches{f' x {dp} data parallel' if dp > 1 else ''} = {t.micro_batch_size * tr.accumulation * dp}",
-            f"length    {t.train_iters} steps, {seen:,} samples{tokens}; lr {t.lr:g}, {t.lr_decay_style}",
+            f"length    {t.train_iters} steps, {seen:,} {what}, {most.replace('at most', 'up to')}{seen * d.seq_length * (1 + (kind == 'pair')):,} tokens; lr {t.lr:g}, {t.lr_decay_style}",
             f"run       {job.run.path}" + (f", going on from step {job.begin}" if job.begin else "")]
 
 # %% ../nbs/43_training.ipynb #7a5d1862
 def _help(job: Job) -> dict:
     "What all processes but the first one do: train, and write nothing of their own."
-    if not (job.begin is not None and job.trainer.step >= job.cfg.train.train_iters): job.trainer.fit()
+    if not (job.begin is not None and job.trainer.step >= job.cfg.train.train_iters): _fit(job)
     return {}
 
+def _fit(job: Job) -> None:
+    "Ask the reference, where it has not been asked, and train."
+    if job.reference:
+        if not job.reference.ready: ask_reference(job.reference, job.cfg, job.trainer, weights)
+        if job.mesh.main: job.reference.keep()
+    job.trainer.fit()
+
+# %% ../nbs/43_training.ipynb #dba8f89a
 def export(
     job: Job # whose training is done
 ) -> Path: # RUN/hf
     "Write the model as a folder that transformers opens; of an adapter PEFT's folder too, and the model with it merged. What was trained in one process is merged in place."
     base = jsonlib.loads((model_folder(job.cfg.train.load) / "config.json").read_text(encoding="utf-8")) if job.cfg.train.load else None
-    alone, step = job.mesh.sizes.world == 1, job.trainer.step
-    model = job.trainer.model if alone else open_tuned(job.run.step_path(step)) if job.plan else whole_model(job.run, step, job.cfg.model)
+    alone, step, stage = job.mesh.sizes.world == 1, job.trainer.step, STAGES[job.cfg.train.stage]
+    model = job.trainer.model if alone else open_tuned(job.run.step_path(step)) if job.plan else whole_model(job.run, step, job.cfg.model, stage.make)
     if job.plan: _export_adapter(job, model)
-    return save_model(model, job.run.hf_path, job.tokenizer, base)
+    return stage.save(model, job.run.hf_path, job.tokenizer, base)
 
 def _export_adapter(job, model): # RUN/adapter; afterwards it is in the model's matrices
     try: say(f"adapter   {save_adapter(model, job.run.path / 'adapter', base=job.cfg.train.load, replace=True)}")
     except UserError as e:
         if e.key != "adapter_stack": raise
         say(e)
+    unpack(model)
     say(f"merged    {merge_adapter(model, keep=False)}")
 
-# %% ../nbs/43_training.ipynb #dba8f89a
+# %% ../nbs/43_training.ipynb #4198805a
 def result(
     job: Job, # trained
     hf: Path | None # the exported folder
-) -> dict: # run, steps, first_loss, loss, valid_loss, tokens_per_s, hf, stopped; exit_code as a shell gives it, where a signal ended the run
+) -> dict: # run, steps, first_loss, loss, valid_loss, tokens_per_s, hf, stopped; rewards, margin and accuracy of a stage that has them; exit_code as a shell gives it, where a signal ended the run
     "The run in one JSON object."
     rows = [r for r in job.run.rows() if "loss" in r]
     now = [r for r in job.trainer.rows if r["tokens_per_s"]]
@@ -226,7 +259,7 @@ def result(
     seconds = sum(r["tokens"] / r["tokens_per_s"] for r in now)
     return dict(run=str(job.run.path), steps=job.trainer.step, first_loss=rows[0]["loss"] if rows else None, loss=rows[-1]["loss"] if rows else None,
                 valid_loss=valid[-1] if valid else None, tokens_per_s=round(sum(r["tokens"] for r in now) / seconds, 1) if now else None,
-                hf=str(hf) if hf else None, stopped=job.trainer.stopped or None,
+                hf=str(hf) if hf else None, stopped=job.trainer.stopped or None, **rewards(rows),
                 **(dict(exit_code=128 + signal.Signals[job.trainer.stopped]) if job.trainer.stopped in signal.Signals.__members__ else {}))
 
 def run(
@@ -239,7 +272,7 @@ def run(
     end(None)
     return out
 
-# %% ../nbs/43_training.ipynb #4198805a
+# %% ../nbs/43_training.ipynb #d5bd1e00
 def _run(cfg, json):
     job = build(cfg)
     if not job.mesh.main: return _help(job)
@@ -247,14 +280,14 @@ def _run(cfg, json):
     with job.run.lock():
         job.run.sweep()
         save_yaml(job.cfg, job.run.config_path)
-        if job.plan: write_base(job.run.path, job.plan, job.cfg.train.load)
+        if job.plan: write_base(job.run.path, job.plan, job.cfg.train.load, job.cfg.tune.qlora_nf4)
         done = job.begin is not None and job.trainer.step >= cfg.train.train_iters
         if done: say(f"The run is finished already: step {job.trainer.step} of {cfg.train.train_iters}.")
-        else: job.trainer.fit()
+        else: _fit(job)
         hf = None if job.trainer.stopped else job.run.hf_path if done and job.run.hf_path.is_dir() else export(job)
-    out = result(job, hf)
+    out, told = result(job, hf), rewards(job.run.rows())
     if job.trainer.stopped: say(f"Stopped by {job.trainer.stopped} and saved at step {out['steps']}; the same command goes on.")
     if not json:
         for k, v in out.items():
-            if v is not None: print(f"{k:<13}{v:.4f}" if k.endswith("loss") else f"{k:<13}{v}")
+            if v is not None: print(f"{k:<13}{v:.4f}" if k.endswith("loss") else f"{k:<22} {v:.4f}" if k in told else f"{k:<13}{v}")
     return out

@@ -16,6 +16,7 @@ from ascend_nb.datasets import Batch, Loader, Sample, collate_gpt
 from ascend_nb.engine import Engine, build_stages
 from ascend_nb.losses import causal_lm_loss
 from ascend_nb.mesh import Mesh, Sizes, check, join, leave
+from ascend_nb.neftune import add_noise
 from ascend_nb.parallel_trainer import ParallelTrainer
 
 V = 96
@@ -57,7 +58,9 @@ def make(cfg, mesh, p, dtype=torch.float32, tune=None, fresh=True):
         with torch.no_grad():
             for n, w in m.named_parameters():
                 if n.endswith(".B") and not fresh: w.copy_(.05 * torch.randn(w.shape, generator=torch.Generator().manual_seed(zlib.crc32(n.encode()))))
-    return Engine(build_stages(cfg, fill, mesh, p, "cpu", dtype), mesh, p, dtype)
+    stages = build_stages(cfg, fill, mesh, p, "cpu", dtype)
+    for m in stages.values() if tune and "neftune_noise_alpha" in tune else (): add_noise(m, tune["neftune_noise_alpha"], mesh)
+    return Engine(stages, mesh, p, dtype)
 
 
 def mesh_of(p, cfg, world, micro):
@@ -103,6 +106,7 @@ def curve(case, world):
     t = TrainConfig(train_iters=case.get("steps", 20), lr=2e-3, micro_batch_size=2, global_batch_size=8, device="cpu", dtype=dtype)
     rows = []
     for mesh, how in ((Mesh(Sizes()), ParallelConfig()), (mesh_of(p, cfg, world, 4 // p.data_parallel_size(world)), p)):
+        torch.manual_seed(0)  # dropout and noise
         engine = make(cfg, mesh, how, getattr(torch, DTYPES[dtype]), case.get("tune"))
         tr = ParallelTrainer(engine, t, Loader(data, 2, collate_gpt, rank=mesh.data, world=mesh.sizes.data), causal_lm_loss, rates=rates(TuneConfig(**case.get("tune") or {}))).fit()
         rows.append(np.array([[r["loss"], r["grad_norm"], r["tokens"], r["trained_tokens"]] for r in tr.rows]))

@@ -248,9 +248,9 @@ def test_marks_need_a_token_that_ends_documents(numbers, tmp_path):
 
 def test_pairs_where_chats_are_wanted(tmp_path):
     p, c = write_pairs(tmp_path / "p", [(3, 4, 2)] * 4), write_sft(tmp_path / "c", [(2, 3)] * 4)
-    with pytest.raises(UserError, match="which is for stage=pair; you asked for stage=sft"): build(p, "sft")
+    with pytest.raises(UserError, match="which is for stage=dpo.simpo.orpo.rm; you asked for stage=sft"): build(p, "sft")
     with pytest.raises(UserError, match="which is for stage=sft; you asked for stage=pair"): build(c, "pair")
-    with pytest.raises(UserError, match="which is for stage=pair; you asked for stage=pretrain"): build(f"{p}_packed_rejected_labels_document")
+    with pytest.raises(UserError, match="which is for stage=dpo.simpo.orpo.rm; you asked for stage=pretrain"): build(f"{p}_packed_rejected_labels_document")
     with pytest.raises(UserError, match="stage=pair expects the bare prefix"): build(f"{p}_packed_chosen_input_ids_document", "pair")
     with pytest.raises(UserError, match="packing with stage=pair"): build(p, "pair", packing=True)
     with pytest.raises(UserError, match="Leave one of them out"): build(c, "sft", valid_data_path=[c])

@@ -260,7 +260,7 @@ def test_pairs_in_other_dress():
     alpaca = lambda **row: use("AlpacaStylePairwiseHandler", instruction="q", **row)  # noqa: E731
     pair = Pair(chat([("q", "good")]), chat([("q", "bad")]))
     assert alpaca(chosen="good", rejected="bad") == alpaca(chosen=["good"], rejected=["bad"]) == alpaca(output=["good", "bad"]) == alpaca(output=["good", "bad", "worse"]) == pair
-    assert alpaca(chosen="good", rejected="") is None
+    assert alpaca(chosen="", rejected="") is None and alpaca(chosen=None) is None
     assert alpaca(chosen="good", rejected="bad", history=[["x", "y"]], system="s").rejected == chat([("x", "y"), ("q", "bad")], "s")
     talk = HANDLERS["SharegptStylePairwiseHandler"]
     assert talk(share(("human", "q"), chosen="good", rejected="bad")) == talk(share(("human", "q"), chosen={"from": "gpt", "value": "good"}, rejected={"from": "gpt", "value": "bad"})) == pair
@@ -303,6 +303,9 @@ WRONG = [ # handler, row, what is said
     ("MOSSInstructionHandler", dict(chat={"turn_1": dict(Human="a", MOSS="b"), "turn_2": "c"}), "Found a str under 'turn_2' in column 'chat' of row 2"),
     ("MOSSInstructionHandler", dict(chat={"turn_1": dict(Human="a", MOSS=7)}), "Found a int in column 'MOSS' of row 2"),
     ("AlpacaStylePairwiseHandler", dict(instruction="q", output=["a", "a"]), "Found the same answer as the chosen one in column 'output' of row 2 .*expected another one"),
+    *(("AlpacaStylePairwiseHandler", dict(instruction="q", **row), rf"Found no answer in column '{key}' of row 2 .*both answers") for key, row in
+      (("rejected", dict(chosen="a", rejected="")), ("rejected", dict(chosen="a", rejected=None)), ("rejected", dict(chosen="a")), ("chosen", dict(chosen="", rejected="b")), ("output", dict(output=["a", ""])))),
+    ("SharegptStylePairwiseHandler", share(("human", "q"), chosen="a", rejected=" "), "no answer in column 'rejected'"),
     ("AlpacaStylePairwiseHandler", dict(instruction="q", chosen=["a"], rejected="a"), "Found the same answer as the chosen one in column 'rejected' of row 2"),
     ("SharegptStylePairwiseHandler", share(("human", "q"), chosen={"from": "gpt", "value": "a"}, rejected="a"), "the same answer .*column 'rejected'"),
     ("SharegptStylePairwiseHandler", dict(chosen_messages=[dict(role="user", content="q"), dict(role="assistant", content="a")],

@@ -41,7 +41,7 @@ def test_the_sentence_of_the_task_is_understood():
 
 def test_a_slip_ends_the_command_before_anything_is_written(tales, tmp_path):
     job = Run(tmp_path / "run", tales)
-    code, out, err = job("--inject", "kill:step=99")
+    code, out, err = job("--inject", "nan:step=99")
     assert code == 2 and out is None and not job.run.path.exists() and "Traceback" not in err and "at most step 12" in err.strip().splitlines()[-1]
 
 

@@ -1,6 +1,7 @@
 """Adapters through `train`: every grid gives the numbers of one process, one process gives peft's; what is saved goes on, opens in peft, and is refused where it does not belong."""
 import json
 import shutil
+import sys
 from dataclasses import replace
 
 import pytest
@@ -13,15 +14,18 @@ from test_spread_generate import run as run_words
 from test_spread_generate import same as same_words
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
+from transformers.integrations.neftune import neftune_post_forward_hook
 
-from ascend_nb import cli, preprocess, training
+from ascend_nb import chat, cli, preprocess, training
 from ascend_nb.adapter_runs import base_model, write_base
 from ascend_nb.adapters import pairs
-from ascend_nb.config import DataConfig, ModelConfig, PreprocessConfig, RunConfig, TrainConfig, TuneConfig
+from ascend_nb.config import ChatConfig, DataConfig, ModelConfig, PreprocessConfig, RunConfig, TrainConfig, TuneConfig
 from ascend_nb.core import UserError
 from ascend_nb.hf_format import load_model, save_model
 from ascend_nb.many_devices import open_model
+from ascend_nb.mesh import launch
 from ascend_nb.model import Decoder
+from ascend_nb.neftune import add_noise
 from ascend_nb.schema import save_yaml, to_dict
 from ascend_nb.tokenizers import load_tokenizer
 from ascend_nb.trainer import lr_at
@@ -35,7 +39,8 @@ def lora(tune, *args, **kw): return dict(case(*args, **kw), tune=tune)
 def test_a_few_grids_in_two_processes(tmp_path):
     "Gradients, then ten steps; and a run that goes on in another grid."
     same(run([lora(ALL, "dense", tp=2, sp=True), lora(dict(ALL, use_dora=True), "llama", tp=2), lora(ALL, "moe", ep=2), lora(dict(ALL, lora_modules_to_save=["embed_tokens"]), "dense", pp=2, tp=1),
-              lora(ALL, "mla", zero=2), *(lora(dict(SOME, loraplus_lr_ratio=4.), "dense", kind="curve", steps=10, **kw) for kw in (dict(tp=2), dict(), dict(pp=2)))], 2))
+              lora(ALL, "mla", zero=2), *(lora(dict(SOME, loraplus_lr_ratio=4.), "dense", kind="curve", steps=10, **kw) for kw in (dict(tp=2), dict(), dict(pp=2))),
+              *(lora(dict(neftune_noise_alpha=9.), "dense", kind="curve", steps=4, **kw) for kw in (dict(tp=2, sp=True), dict(pp=2)))], 2))
 
 
 MATRIX = {
@@ -75,6 +80,33 @@ def asks(home, save, tune=None, model="base", **train):
 
 
 def rows(save): return [json.loads(x) for x in (save / "metrics.jsonl").read_text().splitlines() if '"loss"' in x]
+
+
+def test_noise_on_embeddings_is_the_papers(home, tmp_path):
+    "transformers' hook, which trl calls, on the same draws; in a packed row every document as if it stood alone; none in a validation."
+    torch.manual_seed(5)
+    ours, ids = load_model(home / "base").train(), torch.randint(0, 90, (3, 20))
+    words, plain = torch.nn.Embedding.from_pretrained(ours.model.embed_tokens.weight.detach()).train(), ours.model.embed_tokens(ids).detach()
+    words.neftune_noise_alpha = 7.
+    words.register_forward_hook(neftune_post_forward_hook)
+    torch.manual_seed(6)
+    want = words(ids) - plain
+    torch.manual_seed(6)
+    add_noise(ours, 7.)
+    assert (ours.model.embed(ids, 0, None) - plain - want).abs().max() < 1e-6 * want.abs().max() + 1e-7
+    torch.manual_seed(6)
+    packed = ours.model.embed(ids, 0, torch.cat((torch.arange(5), torch.arange(15))).repeat(3, 1)) - plain
+    assert torch.allclose(packed[:, :5], want[:, :5] * 2, atol=1e-6) and torch.allclose(packed[:, 5:], want[:, 5:] * (20 / 15) ** .5, atol=1e-6)
+    with torch.no_grad(): assert torch.equal(ours.model.embed(ids, 0, None), plain)
+
+
+def test_a_run_with_noise_learns_and_goes_on(home, tmp_path):
+    "Its losses are not those without; two runs with one seed have the same."
+    losses = {}
+    for name, noise in (("plain", 0.), ("noisy", 9.), ("again", 9.)):
+        training.run(asks(home, tmp_path / name, dict(neftune_noise_alpha=noise), train_iters=4, lr=1e-3), json=True)
+        losses[name] = [r["loss"] for r in rows(tmp_path / name)]
+    assert losses["noisy"] == losses["again"] and losses["noisy"][0] != losses["plain"][0] and abs(losses["noisy"][0] - losses["plain"][0]) < .1
 
 
 KINDS = {"lora": {}, "rslora": dict(use_rslora=True), "dora": dict(use_dora=True), "lora+": dict(loraplus_lr_ratio=4.), "head": dict(lora_modules_to_save=["embed_tokens", "lm_head"])}
@@ -216,3 +248,41 @@ def test_a_step_of_an_adapter_speaks_as_the_merged_model(home, finished, samples
     same_words(run_words([dict(folder=tmp_path / "run", ask=["words"], **g) for g in (dict(tp=2), dict(pp=2))], 2, samples))
     assert cli.main(["convert", "--load-dir", str(tmp_path / "run"), "--save-dir", str(tmp_path / "out"), "--save-model-type", "hf"]) == 2
     assert "Found an adapter in" in capfd.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def two(home):
+    "Two runs that learned so fast that their models say other things."
+    for name, seed in (("poems", 1), ("laws", 2)): training.run(asks(home, home / name, dict(lora_target_modules=["all-linear"], lora_r=4), train_iters=6, lr=5e-2, seed=seed), json=True)
+    return home / "poems", home / "laws"
+
+
+def test_generate_takes_an_adapter(home, two, capfd):
+    "PEFT's folder beside the base says what the merged model says; in two processes too."
+    how = ["--prompt", "The miller said", "--max-new-tokens", "12", "--device", "cpu", "--json"]
+    def say(*words):
+        assert cli.main(["generate", *map(str, words), *how]) == 0
+        return json.loads(capfd.readouterr().out)["text"]
+    plain, merged, beside = say("--model", home / "base"), say("--model", two[0] / "hf"), say("--model", home / "base", "--lora-load", two[0] / "adapter")
+    assert merged == beside != plain and say("--model", home / "base", "--lora-load", two[0], two[1]) == beside, "a run is as good as its folder; the first of several is at work"
+    outs = launch(["-m", "ascend_nb.cli", "generate", "--model", str(home / "base"), "--lora-load", str(two[0]), "--tensor-model-parallel-size", "2", *how], 2, 120)
+    assert json.loads(outs[0][1])["text"] == merged, outs
+    assert cli.main(["generate", "--model", str(home / "base"), "--lora-load", str(home / "base"), *how]) == 2
+    err = capfd.readouterr().err
+    assert "adapter_config.json" in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize("lang", ["en", "zh"])
+def test_a_chat_switches_adapters(home, two, lang, monkeypatch, capfd):
+    "Each answer is that of the model with that adapter merged; what was said stays; a name that is not there is told."
+    monkeypatch.setenv("ASCEND_NB_LANG", lang)
+    cfg = ChatConfig(model=str(home / "base"), lora_load=[str(t) for t in two], max_new_tokens=8, device="cpu", history_turns=0)
+    lines = iter(["Who are you?", "/adapter laws", "Who are you?", "/adapter", "/adapter nobody", "/adapter none", "Who are you?", "q"])
+    monkeypatch.setattr("ascend_nb.chat._listen", lambda: next(lines))
+    got = [t["answer"] for t in chat.run(cfg, json=True)["turns"]]
+    err = capfd.readouterr().err
+    want = []
+    for folder in (two[0] / "hf", two[1] / "hf", home / "base"):
+        want.append(str(chat.Chat(load_model(folder), load_tokenizer(home / "base"), replace(cfg, lora_load=[])).ask("Who are you?", sys.stderr)))
+    assert got == want and len({*want}) == 3
+    assert ("adapters: poems, laws; at work: laws" if lang == "en" else "适配器：poems, laws；正在使用：laws") in err and "nobody" in err

@@ -7,14 +7,15 @@ import pytest
 import torch
 from token_files import write_pairs
 
-from ascend_nb import preference
+from ascend_nb import reference
 from ascend_nb.config import ModelConfig, TrainConfig
 from ascend_nb.core import UserError
 from ascend_nb.datasets import Batch, Loader, Sample
 from ascend_nb.instruct_sets import PairDataset, collate_pairs
 from ascend_nb.model import Decoder
-from ascend_nb.preference import (LOSSES, Preference, PreferenceLoss, Referenced, RewardModel, Scores, collate_preference, pair_scores, preference_metrics,
-                                  reference_logps, token_logps)
+from ascend_nb.preference import LOSSES, METRICS, Preference, PreferenceLoss, Scores, collate_preference, pair_scores, preference_metrics, token_logps
+from ascend_nb.reference import reference_logps
+from ascend_nb.reward import reward_model
 from ascend_nb.trainer import Trainer
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
@@ -89,11 +90,17 @@ def same_gradients(model, peer):
     assert seen > 10
 
 
+def seen(loss):
+    "The means of what a loss saw in training."
+    *sums, n = loss.take().tolist()
+    return {name: x / n for name, x in zip(METRICS, sums, strict=True)}
+
+
 def go(knobs, rows, packed=False):
     "Our mean loss with gradients on, the model and the loss object."
     model, loss, pairs = ours(), PreferenceLoss(knobs), as_pairs(rows)
     collate = collate_preference(0, packed=packed)
-    data = Referenced(pairs, reference_logps(ours(4), pairs, collate, quiet=True))
+    data = reference_logps(ours(4), pairs, collate, quiet=True)
     total, n = loss(model, collate([data[i] for i in range(len(data))]))
     assert n == len(rows)
     (total / n).backward()
@@ -113,9 +120,9 @@ def test_losses_with_a_reference_equal_trl(dpo, kind, packed):
     got, model, loss = go(Preference(kind, beta), PAIRS, packed)
     assert abs(got - want.item()) < 1e-5
     same_gradients(model, dpo.model)
-    m, seen = {k: v[-1] for k, v in dpo._metrics["train"].items()}, loss.take()
+    m, mine = {k: v[-1] for k, v in dpo._metrics["train"].items()}, seen(loss)
     for name, theirs in (("chosen_reward", "rewards/chosen"), ("rejected_reward", "rewards/rejected"), ("margin", "rewards/margins"), ("accuracy", "rewards/accuracies")):
-        assert abs(seen[name] - m[theirs]) < 1e-5, name
+        assert abs(mine[name] - m[theirs]) < 1e-5, name
 
 
 def test_pref_ftx_equals_trls_sft_term(dpo):
@@ -175,7 +182,7 @@ def test_simpo_equals_trl(tokenizer, tmp_path):
     got, model, loss = go(Preference("simpo", 1.5, gamma=.6), PAIRS)
     assert abs(got - want.item()) < 1e-5
     same_gradients(model, them.model)
-    assert abs(loss.take()["margin"] - metrics["rewards/margins"]) < 1e-5
+    assert abs(seen(loss)["margin"] - metrics["rewards/margins"]) < 1e-5
 
 
 def test_orpo_equals_trl(tokenizer, tmp_path):
@@ -193,7 +200,7 @@ def test_reward_model_equals_trl(tokenizer, tmp_path):
     from transformers import LlamaConfig, LlamaForSequenceClassification
     from trl import RewardConfig, RewardTrainer
     torch.manual_seed(0)
-    model = RewardModel(ours())
+    model = reward_model(ours()).train()
     peer = LlamaForSequenceClassification(LlamaConfig(**SHAPE, num_labels=1))
     peer.load_state_dict(model.state_dict())
     data = Dataset.from_list([dict(chosen="w4 w5", rejected="w4 w6")] * 2)
@@ -207,8 +214,8 @@ def test_reward_model_equals_trl(tokenizer, tmp_path):
         (total / n).backward()
         assert abs((total / n - want).item()) < 1e-5
         same_gradients(model, them.model)
-        seen = loss.take()
-        assert abs(seen["margin"] - them._metrics["train"]["margin"][-1]) < 1e-5 and abs(seen["accuracy"] - them._metrics["train"]["accuracy"][-1]) < 1e-6
+        mine = seen(loss)
+        assert abs(mine["margin"] - them._metrics["train"]["margin"][-1]) < 1e-5 and abs(mine["accuracy"] - them._metrics["train"]["accuracy"][-1]) < 1e-6
 
 
 # Numbers ------------------------------------------------------------------------------------------
@@ -265,14 +272,14 @@ def test_knobs_that_do_not_go_together(knobs):
 
 def test_reference_is_asked_once_and_never_stale(tmp_path, monkeypatch):
     model, pairs, collate, path = ours(), as_pairs(PAIRS), collate_preference(0), tmp_path / "new" / "reference.safetensors"
-    first = reference_logps(model, pairs, collate, path, quiet=True)
+    first = reference_logps(model, pairs, collate, path, quiet=True).numbers
     assert np.allclose(first.T.flatten(), torch.cat(pair_scores(model, collate(pairs))[:2]).detach().numpy(), atol=1e-5)
-    monkeypatch.setattr(preference, "_ask", lambda *a: pytest.fail("asked again"))
-    assert np.array_equal(reference_logps(ours(), pairs, collate, path, quiet=True), first)
+    monkeypatch.setattr(reference.Reference, "ask", lambda *a, **kw: pytest.fail("asked again"))
+    assert np.array_equal(reference_logps(ours(), pairs, collate, path, quiet=True).numbers, first)
     relabelled = [*pairs[:2], (pairs[2][0], pairs[2][1]._replace(labels=np.where(pairs[2][1].labels == -100, -100, 5)))] # of the same lengths
     moved = ours()
     with torch.no_grad(): moved.model.norm.weight[0] += 1e-6
-    for m, data, what in ((moved, pairs, "model"), (model, relabelled, "data"), (model, pairs[:2], "data, pairs"), (ours().double(), pairs, "model")):
+    for m, data, what in ((moved, pairs, "model"), (model, relabelled, "data"), (model, pairs[:2], "data"), (ours().double(), pairs, "model"), (moved, relabelled, "model, data")):
         with pytest.raises(UserError, match=f"made with other {what};"): reference_logps(m, data, collate, path, quiet=True)
     whole = path.read_bytes()
     for broken in (b"", whole[:40], whole[:-3]):
@@ -293,13 +300,18 @@ def test_each_pair_of_a_shuffled_data_set_gets_its_own_numbers(tmp_path):
     cfg = ModelConfig(vocab_size=256, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, initializer_range=.2)
     model, data, collate = Decoder(cfg).init_weights(0), PairDataset(prefix, 16, num_samples=8, vocab_size=256), collate_preference(0)
     assert data.usable.tolist() == [0, 2, 3, 4] and len(data) == 8
-    numbers = reference_logps(model, data, collate, tmp_path / "r.safetensors", pairs=3, quiet=True)
-    assert np.isnan(numbers[1]).all() and len(numbers) == 5
-    with_numbers = Referenced(data, numbers)
+    pairs = reference_logps(model, data, collate, tmp_path / "r.safetensors", pairs=3, quiet=True)
+    assert np.isnan(pairs.numbers[1]).all() and len(pairs.numbers) == 5
     for i in range(8):
-        s = pair_scores(model, collate([with_numbers[i]]))
+        s = pair_scores(model, collate([pairs[i]]))
         assert torch.allclose(torch.cat(s[:2]), torch.cat(s[4:]), atol=1e-5), i
-    assert len({tuple(with_numbers[i][2]) for i in range(8)}) == 4
+    assert len({tuple(pairs[i][2]) for i in range(8)}) == 4
+
+
+def test_only_pairs_that_a_run_draws_are_asked_about(tmp_path):
+    data = PairDataset(write_pairs(tmp_path / "x", [(3, 4, 2), (2, 3, 5), (4, 1, 1), (2, 6, 3)]), 16, num_samples=40)
+    pairs = reference.Referenced(data, drawn=2)
+    assert pairs.which.tolist() == sorted(data.index[:2].tolist()) and len(pairs) == 40
 
 
 # The trainer --------------------------------------------------------------------------------------
@@ -308,7 +320,7 @@ def run(tmp_path, micro):
     prefix = write_pairs(tmp_path / "x", [(3, 4, 2), (2, 3, 5), (4, 2, 1), (2, 6, 3)])
     cfg = ModelConfig(vocab_size=256, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
     model, data, collate = Decoder(cfg).init_weights(0), PairDataset(prefix, 16, num_samples=40), collate_preference(0)
-    data = Referenced(data, reference_logps(model, data, collate, tmp_path / "r.safetensors", quiet=True))
+    data = reference_logps(model, data, collate, tmp_path / "r.safetensors", quiet=True)
     loss = PreferenceLoss(Preference(beta=.5))
     t = Trainer(model, TrainConfig(train_iters=10, micro_batch_size=micro, global_batch_size=4, lr=5e-3, lr_warmup_iters=0, log_interval=1, device="cpu"),
                 Loader(data, micro, collate), loss, [loss], Loader(data, 4, collate))
@@ -321,7 +333,7 @@ def test_trainer_learns_the_pairs_and_logs_it(tmp_path):
     assert abs(first["loss"] - np.log(2)) < 1e-5 and first["margin"] == pytest.approx(0, abs=1e-4)
     assert last["accuracy"] == 1 and last["margin"] > 1 and last["loss"] < .3 and last["trained_tokens"] == 4
     t.cfg.eval_iters = 1
-    assert t.evaluate() < last["loss"] and not t.loss_fn.seen
+    assert t.evaluate() < last["loss"] and True not in t.loss_fn.seen
 
 
 def test_micro_batches_change_nothing(tmp_path):

@@ -16,7 +16,7 @@ from ascend_nb import config
 from ascend_nb.core import UserError
 from ascend_nb.flag_table import CONFIGS, KINDS, Flags, find_row, flag_file, flag_table, words_to_flags
 from ascend_nb.launch_scripts import launches, read_script, whole_sum
-from ascend_nb.schema import from_dict, knobs, to_dict
+from ascend_nb.schema import from_dict, knobs, parse_args, to_dict
 from ascend_nb.scripts import config_of, draft_of, import_text, train_words, yaml_text
 
 SAMPLE = ROOT / "data_samples" / "pretrain_tales_ptd.sh"
@@ -216,7 +216,7 @@ def test_our_own_flags_stay_as_they_are():
     ("torchrun other.py --lr 1\n", "other.py"),
     ("torchrun pretrain_gpt.py --num-layers four\n", "four"),
     ("torchrun pretrain_gpt.py --num-layers 2 --hidden-size 64 --num-attention-heads 4 --micro-batch-size 0\n", "micro_batch_size"),
-    ("torchrun posttrain_gpt.py --stage dpo\n", "not here yet"),
+    ("torchrun posttrain_gpt.py --stage ray_grpo --num-layers 2 --hidden-size 64 --num-attention-heads 4\n", "PPO, GRPO"),
     ("torchrun pretrain_gpt.py --num-layers 2 --hidden-size 64 --num-attention-heads 4 --position-embedding-type rope\n", "no family"),
     ("torchrun train_fsdp2.py a.yaml\n", "no counterpart"),
     ("torchrun inference.py --task beam_search --load m\n", "beam_search"),
@@ -226,6 +226,52 @@ def test_a_mistake_is_one_sentence(tmp_path, text, words):
     (tmp_path / "a.sh").write_text(text, encoding="utf-8")
     out = ascend("import-script", tmp_path / "a.sh", cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert (out.returncode, out.stdout) == (2, "") and words in out.stderr and "Traceback" not in out.stderr
+
+
+# A script of the shape of MindSpeed-LLM's examples/mcore/*/dpo_*.sh and simpo_*.sh: arrays of arguments, and a block for the preference.
+DPO = """
+TP=1
+PP={pp}
+DISTRIBUTED_ARGS="--nproc_per_node 2 --nnodes 1 --node_rank 0 --master_addr localhost --master_port 6000"
+GPT_ARGS="
+    --use-mcore-models --tensor-model-parallel-size ${TP} --pipeline-model-parallel-size ${PP} --num-layers 4 --hidden-size 64 --ffn-hidden-size 128
+    --num-attention-heads 4 --group-query-attention --num-query-groups 2 --tokenizer-type PretrainedFromHF --tokenizer-name-or-path TOKENIZER
+    --seq-length 128 --max-position-embeddings 128 --micro-batch-size 1 --global-batch-size 4 --make-vocab-size-divisible-by 1 --lr 5e-4 --train-iters 3
+    --lr-decay-style cosine --untie-embeddings-and-output-weights --disable-bias-linear --attention-dropout 0.0 --hidden-dropout 0.0 --position-embedding-type rope
+    --normalization RMSNorm --norm-epsilon 1e-6 --swiglu --use-flash-attn --no-masked-softmax-fusion --attention-softmax-in-fp32 --min-lr 5e-8 --weight-decay 1e-1
+    --lr-warmup-fraction 0.0 --clip-grad 1.0 --adam-beta1 0.9 --adam-beta2 0.95 --initial-loss-scale 1 --no-gradient-accumulation-fusion --no-load-optim --no-load-rng --seed 42
+    --use-distributed-optimizer --overlap-grad-reduce
+"
+DATA_ARGS="--data-path DATA --split 100,0,0 --prompt-type qwen --variable-seq-lengths"
+RL_ARGS="--finetune {rl} --is-instruction-dataset --is-pairwise-dataset"
+OUTPUT_ARGS="--log-interval 1 --save-interval 3 --eval-interval 3 --eval-iters 0"
+torchrun $DISTRIBUTED_ARGS posttrain_gpt.py $GPT_ARGS $DATA_ARGS $OUTPUT_ARGS $RL_ARGS --distributed-backend nccl --save SAVE | tee logs/dpo.log
+"""
+
+
+@pytest.mark.parametrize(("rl", "want"), [
+    ("--stage dpo --dpo-loss-type hinge --dpo-beta 0.2 --pref-ftx 0.1 --ref-model REF", dict(stage="dpo", dpo_loss_type="hinge", dpo_beta=.2, pref_ftx=.1, ref_model="REF")),
+    ("--stage simpo --simpo-beta 2.0 --gamma-beta-ratio 1.2 --simpo-loss-type sigmoid --simpo-label-smoothing 0.1", dict(stage="simpo", simpo_beta=2., gamma_beta_ratio=1.2, simpo_label_smoothing=.1)),
+    ("--stage simpo", dict(stage="simpo", simpo_beta=2.5, gamma_beta_ratio=1.4)), ("--stage orm", dict(stage="rm")), ("", dict(stage="dpo")),
+], ids=["dpo", "simpo", "defaults", "orm", "no stage"])
+def test_preference_scripts_become_a_config(rl, want):
+    one = import_text(DPO.replace("{rl}", rl).replace("{pp}", "2"))
+    have = {**to_dict(one.cfg)["tune"], **to_dict(one.cfg)["train"]}
+    assert {k: have[k] for k in want} == want and one.cfg.data.variable_seq_lengths and one.unknown == [] and not one.heavy
+    assert one.cfg.parallel.pipeline_model_parallel_size == 2 and "ascend_nb.cli train" in yaml_text(one)
+
+
+def test_a_dpo_script_trains(tmp_path):
+    "The YAML of a script is what `train` accepts; the same words on the command line too."
+    rows = [dict(instruction=f"Where does Jonas live ({i})?", chosen="In Net Alley.", rejected="Nobody knows where.") for i in range(8)]
+    (tmp_path / "pairs.json").write_text(json.dumps(rows))
+    text = DPO.replace("{rl}", "--stage dpo --dpo-beta 0.2").replace("{pp}", "1").replace("--nproc_per_node 2", "--nproc_per_node 1").replace("TOKENIZER", str(ROOT / "data_samples" / "tokenizer"))
+    (tmp_path / "dpo.sh").write_text(text.replace("DATA --split", f"{tmp_path}/pairs.json --split").replace("--save SAVE", f"--save {tmp_path}/run"))
+    out = ascend("import-script", tmp_path / "dpo.sh")
+    assert out.returncode == 0 and "dpo_beta: 0.2 # --dpo-beta" in out.stdout, out.stderr
+    (tmp_path / "run.yaml").write_text(out.stdout)
+    run = ascend("train", "--config", tmp_path / "run.yaml", "--device", "cpu", "--data-cache-path", tmp_path / "cache", "--json", env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert run.returncode == 0 and json.loads(run.stdout)["steps"] == 3 and abs(json.loads(run.stdout)["first_loss"] - .6931) < 1e-3, run.stderr
 
 
 def test_unknown_flags_are_listed_with_the_nearest():
@@ -274,3 +320,17 @@ def test_the_imported_run_is_the_run_of_the_flags(tmp_path):
     by_flags = loss([*here, *one.args, "--dtype", "fp32", *single], "b")
     by_two = loss(["torchrun", "--standalone", "--nproc-per-node", "2", "-m", "ascend_nb.cli", "train", "--config", str(tmp_path / "run.yaml"), "--device", "cpu", "--json", "--data-cache-path", str(tmp_path / "cache")], "c")
     assert by_yaml == by_flags and by_two == pytest.approx(by_yaml, abs=1e-4)
+
+
+def test_a_lora_script_becomes_knobs(capfd):
+    "ModelLink's flags of adapters, in a script and on our own command line; what needs nothing here is told."
+    text = ("torchrun --nproc_per_node 2 pretrain_gpt.py --tensor-model-parallel-size 2 --num-layers 2 --hidden-size 64 --num-attention-heads 4 --micro-batch-size 1 --train-iters 5 --normalization RMSNorm "
+            "--swiglu --disable-bias-linear --position-embedding-type rope --data-path d --load ckpt/base --lora-r 8 --lora-alpha 24 --lora-dropout 0.05 --lora-fusion --lora-register-forward-hook word_embeddings "
+            "input_layernorm --lora-target-modules query_key_value dense dense_h_to_4h dense_4h_to_h --qlora-nf4\n")
+    made = import_text(text, "tune.sh")
+    t = made.cfg.tune
+    assert (t.lora_r, t.lora_alpha, t.lora_dropout, t.qlora_nf4) == (8, 24.0, 0.05, True) and t.lora_target_modules == "query_key_value dense dense_h_to_4h dense_4h_to_h".split()
+    assert not made.unknown and not made.heavy and {f.kind for f in made.fates if "lora" in f.flag} == {"same", "unneeded"}
+    words = train_words("--load base --lora-r 4 --lora-target-modules linear_qkv linear_proj --lora-fusion --lora-ckpt-filter".split())
+    assert parse_args(config.RunConfig, words, "train").tune.lora_target_modules == ["linear_qkv", "linear_proj"] and "nothing to do for --lora-fusion --lora-ckpt-filter" in capfd.readouterr().err
+    with pytest.raises(UserError, match="name the layers among the targets"): train_words("--lora-layers-to-train 3 --lora-target-modules linear_qkv".split())
