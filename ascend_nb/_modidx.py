@@ -1340,6 +1340,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'ascend_nb.likelihood._to_the_answer': ('likelihood.html#_to_the_answer', 'ascend_nb/likelihood.py'),
                                       'ascend_nb.likelihood.branches': ('likelihood.html#branches', 'ascend_nb/likelihood.py'),
                                       'ascend_nb.likelihood.encode_pairs': ('likelihood.html#encode_pairs', 'ascend_nb/likelihood.py'),
+                                      'ascend_nb.likelihood.even_batches': ('likelihood.html#even_batches', 'ascend_nb/likelihood.py'),
                                       'ascend_nb.likelihood.forward_rows': ('likelihood.html#forward_rows', 'ascend_nb/likelihood.py'),
                                       'ascend_nb.likelihood.loglikelihoods': ('likelihood.html#loglikelihoods', 'ascend_nb/likelihood.py'),
                                       'ascend_nb.likelihood.make_rows': ('likelihood.html#make_rows', 'ascend_nb/likelihood.py'),
