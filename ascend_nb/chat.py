@@ -148,6 +148,7 @@ def _listen() -> str | None: # None at the end
         except KeyboardInterrupt: say(); say(phrase("chat_again"))
     return None
 
+# %% ../nbs/51_chat.ipynb #312c5122
 def _switch(chat, word): # "/adapter poems", "/adapter none", "/adapter"
     try:
         if word: chat.adapter(None if word == "none" else word)

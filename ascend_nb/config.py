@@ -14,6 +14,7 @@ from .core import UserError, messages
 from .schema import dump_yaml, from_dict, knob, parse_args, to_args, to_dict
 from .guarding import GuardConfig
 from .measuring import CompareConfig, EvalConfig # noqa: F401
+from .planning import PlanConfig # noqa: F401
 from .serving import ServeConfig # noqa: F401
 from .shapes import ModelConfig, ShapeConfig
 from .speaking import ChatConfig, GenerateConfig, SampleConfig # noqa: F401

@@ -17,6 +17,7 @@ from .schema import from_dict, knob, nearest
 class Device:
     "What the makers say; what of it programs reach is the business of `step_time`."
     name: str = knob() # how it is asked for
+    kind: str = knob("npu", choices=("npu", "cuda", "cpu")) # torch's device type: what attention keeps for backward
     bf16_tflops: float = knob(low=0) # matrix products in 16 bits, dense
     fp32_tflops: float = knob(low=0) # matrix products in fp32
     vector_tflops: float = knob(low=0) # fp32 additions and multiplications outside the matrix unit
@@ -40,8 +41,8 @@ DEVICES = {d.name: d for d in (
     Device(name="atlas-800t-a2", **_A2),
     Device(name="atlas-900-a2-podc", **_A2),
     Device(name="atlas-a3", **{**_A2, "per_node": 384, "link_gb_s": 196, "link_us": 12., "source": "One of two dies of an NPU: 376 TFLOP/s with its vector units, 64 GB at 1.6 TB/s, UB 196 GB/s one way, 200 Gb/s RDMA (Zuo et al. 2025, Serving LLMs on CloudMatrix384, section 3); the matrix units as atlas-a2"}),
-    Device(name="a100", bf16_tflops=312, fp32_tflops=19.5, vector_tflops=19.5, cores=108, memory_gib=80, memory_tb_s=2.039, link_gb_s=300, net_gb_s=25, source="NVIDIA A100 80GB SXM data sheet; eight 200 Gb/s ports a node as in DGX A100"),
-    Device(name="h100", bf16_tflops=989.4, fp32_tflops=66.9, vector_tflops=66.9, cores=132, memory_gib=80, memory_tb_s=3.35, link_gb_s=450, net_gb_s=50, source="NVIDIA H100 SXM data sheet; eight 400 Gb/s ports a node as in DGX H100"),
+    Device(name="a100", kind="cuda", bf16_tflops=312, fp32_tflops=19.5, vector_tflops=19.5, cores=108, memory_gib=80, memory_tb_s=2.039, link_gb_s=300, net_gb_s=25, source="NVIDIA A100 80GB SXM data sheet; eight 200 Gb/s ports a node as in DGX A100"),
+    Device(name="h100", kind="cuda", bf16_tflops=989.4, fp32_tflops=66.9, vector_tflops=66.9, cores=132, memory_gib=80, memory_tb_s=3.35, link_gb_s=450, net_gb_s=50, source="NVIDIA H100 SXM data sheet; eight 400 Gb/s ports a node as in DGX H100"),
 )}
 
 # %% ../nbs/55_hardware.ipynb #97fee337
@@ -96,5 +97,5 @@ def measure(
     other, few = flat.clone(), torch.ones(4)
     tb = 2 * len(flat) / _best(lambda: other.copy_(flat), seconds) / 1e12
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2 ** 30
-    return Device(name="here", fp32_tflops=n / _best(lambda: a @ a, seconds), bf16_tflops=n / _best(lambda: b @ b, seconds), vector_tflops=a.numel() / _best(lambda: a.add_(1), seconds) / 1e12,
+    return Device(name="here", kind="cpu", fp32_tflops=n / _best(lambda: a @ a, seconds), bf16_tflops=n / _best(lambda: b @ b, seconds), vector_tflops=a.numel() / _best(lambda: a.add_(1), seconds) / 1e12,
         cores=1, memory_gib=memory, memory_tb_s=tb, per_node=1 << 20, link_gb_s=tb * 250, net_gb_s=tb * 250, link_us=200., net_us=200., launch_us=_best(lambda: few + 1, seconds) * 1e6, context_gib=.3, source="measured here")

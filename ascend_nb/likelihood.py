@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HEAD_ROWS', 'WORTH', 'WORTH_ELSE', 'encode_pairs', 'Row', 'make_rows', 'Past', 'forward_rows', 'branches',
-           'score_rows', 'loglikelihoods']
+           'even_batches', 'score_rows', 'loglikelihoods']
 
 # %% ../nbs/52a_likelihood.ipynb #53642adc
 from collections import defaultdict
@@ -145,6 +145,23 @@ def branches(
     return good, rest
 
 # %% ../nbs/52a_likelihood.ipynb #618d4dfa
+def even_batches(
+    rows: list, # of Row
+    start: int, # tokens that were read already
+    batch_size: int, # rows in one forward pass, at most
+    worth: int # tokens that one more pass must save
+) -> list: # of lists of rows, the longest first
+    "Cut rows into batches so that tokens with padding, and passes at `worth` tokens each, are fewest."
+    rows = sorted(rows, key=lambda r: -len(r.ids))
+    best = [(0, 0)] * (len(rows) + 1) # cost of the rows from here on, end of their first batch
+    for i in range(len(rows) - 1, -1, -1):
+        long = len(rows[i].ids) - start
+        best[i] = min((worth + long * (j - i) + best[j][0], j) for j in range(i + 1, min(i + batch_size, len(rows)) + 1))
+    out, i = [], 0
+    while i < len(rows): out.append(rows[i:best[i][1]]); i = best[i][1]
+    return out
+
+# %% ../nbs/52a_likelihood.ipynb #1456f9db
 def score_rows(
     model: Decoder, # in eval mode
     rows: list, # of Row
@@ -162,8 +179,7 @@ def score_rows(
         past, start = longer.kept, n
     good, rest = branches(rows, start, worth)
     for group in good: score_rows(model, group, batch_size, out, done, past)
-    rest.sort(key=lambda r: -len(r.ids))
-    for batch in (rest[i:i + batch_size] for i in range(0, len(rest), batch_size)):
+    for batch in even_batches(rest, start, batch_size, worth):
         forward_rows(model, batch, past, out)
         done(sum(len(r.asks) for r in batch))
 

@@ -33,7 +33,7 @@ def _parentheses(text, arg, doc): return text.strip()[1:-1] if re.fullmatch(r"\(
 # %% ../nbs/51b_marking.ipynb #5b9c76fc
 def _python(text, arg, doc):
     kept, inside = [], False
-    body = text if re.match(r"\s*(def|import|from) ", text) else doc["prompt"] + (text if text.startswith((" ", "\n")) else "    " + text)
+    body = text if re.match(r"\n*(def|import|from) ", text) else doc["prompt"] + (text if text.startswith((" ", "\n")) else "    " + text)
     for line in body.split("\n"):
         top = bool(line) and not line[0].isspace()
         if top and inside and not re.match(r"(def|import|from|@)\b", line): break

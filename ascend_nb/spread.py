@@ -114,7 +114,7 @@ def build_engine(
     read = load(t.load).state_dict() if t.load else None
     def fill(model):
         if read is None: model.init_weights(t.seed)
-        else: model.load_state_dict({k: read[k] for k in model.state_dict()})
+        else: model.load_state_dict({k: read[k] for k in model.state_dict()}, assign=True) # no second copy in memory
         if cfg.tune.qlora_nf4: pack(model)
         if plan: put_plan(model, plan)
     stages = build_stages(cfg.model, fill, mesh, p, device, dtype, make)

@@ -166,7 +166,7 @@ def task_files(
     if not path.exists(): raise UserError("not_found", path=path, what=f"a folder with {task.files}", do="Check --data-path.")
     if task.folder and (path / task.folder).is_dir(): path = path / task.folder
     found = [path] if path.is_file() else _glob(path, task.files)
-    if not found: raise UserError("no_task_files", path=path, files=task.files, got=_names(path), hint=_inside(task, path))
+    if not found: raise UserError("no_task_files", task=task.name, path=path, files=task.files, got=_names(path), hint=_inside(task, path))
     if not task.subtask: return {"": found[0]}
     head, _, tail = task.files.split("|")[0].partition("*")
     out = {p.name.removeprefix(head).removesuffix(tail): p for p in found}
@@ -176,8 +176,8 @@ def _inside(task: Task, path: Path) -> str:
     "Point at the folder one level down that has the files."
     return next((did_you_mean(p) for p in sorted(path.iterdir()) if p.is_dir() and _glob(p, task.files)), "")
 
-messages(no_task_files=("Found {got} in {path}; expected {files}. Pass the folder that holds them, or one such file, as --data-path.{hint}",
-                        "{path} 中有 {got}；应有 {files}。请将 --data-path 指向包含这些文件的目录或其中一个文件。{hint}"))
+messages(no_task_files=("Found {got} in {path}; expected {files} for the task {task}. Pass the folder that holds them, or one such file, as --data-path.{hint}",
+                        "{path} 中有 {got}；任务 {task} 需要 {files}。请将 --data-path 指向包含这些文件的目录或其中一个文件。{hint}"))
 
 # %% ../nbs/52_tasks.ipynb #be998403
 @dataclass(frozen=True)

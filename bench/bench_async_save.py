@@ -1,4 +1,4 @@
-"""What a checkpoint costs the steps beside it (a Llama of 30M parameters, sequence 256, batch 4, fp32): one JSON line.
+"""What a checkpoint costs the steps beside it (a Llama of 14M parameters, sequence 128, batch 4, fp32): one JSON line.
 
 Three kinds of rounds of `every` steps take turns on one trainer, so that whatever else the machine does meets all of them:
   plain   no checkpoint
@@ -27,7 +27,7 @@ from ascend_nb.losses import causal_lm_loss
 from ascend_nb.model import Decoder
 from ascend_nb.trainer import Trainer
 
-SHAPE = ModelConfig(vocab_size=16384, hidden_size=448, intermediate_size=1216, num_hidden_layers=8, num_attention_heads=7, num_key_value_heads=7, tie_word_embeddings=True)
+SHAPE = ModelConfig(vocab_size=16384, hidden_size=320, intermediate_size=864, num_hidden_layers=7, num_attention_heads=5, num_key_value_heads=5, tie_word_embeddings=True)
 
 
 def main():
@@ -37,7 +37,7 @@ def main():
     p.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch; what writes has a thread of its own")
     a = p.parse_args()
     torch.set_num_threads(a.threads)
-    data = [Sample(x[:-1], x[1:]) for x in np.random.RandomState(0).randint(0, SHAPE.vocab_size, (64, 257))]
+    data = [Sample(x[:-1], x[1:]) for x in np.random.RandomState(0).randint(0, SHAPE.vocab_size, (64, 129))]
     with tempfile.TemporaryDirectory() as d:
         run, writer = RunDir(d), Writer()
         cfg = TrainConfig(train_iters=10**6, micro_batch_size=4, lr=1e-4, lr_warmup_iters=100, device="cpu", save=d)

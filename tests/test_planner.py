@@ -6,15 +6,22 @@ import numpy as np
 import pytest
 import torch
 
-from ascend_nb.config import MemoryConfig
-from ascend_nb.costs import Layout, count, held, in_flight, layer_kept
+from ascend_nb.cli import main
+from ascend_nb.config import MemoryConfig, RunConfig, TrainConfig
+from ascend_nb.costs import Layout, count, flops_per_token, held, in_flight, layer_kept, states
 from ascend_nb.families import config_from_hf
+from ascend_nb.goodput import best_interval, daly, goodput, simulate, young
+from ascend_nb.hardware import DEVICES
+from ascend_nb.layouts import allowed, broken_rules, measure_all, spread_choices
 from ascend_nb.memory import save_memory
+from ascend_nb.mesh import check
 from ascend_nb.model import Decoder
 from ascend_nb.parallel import CUTS
 from ascend_nb.published import cross_validate, fit_rates, predict, read_runs, run_layout, run_model, summary
+from ascend_nb.schema import load_yaml
 from ascend_nb.shapes import ModelConfig
-from ascend_nb.step_time import RATES
+from ascend_nb.step_time import RATES, step_time
+from ascend_nb.trainer import Weights
 
 MODELS = ["llama2_70b", "gemma2_9b", "Qwen--Qwen3-30B-A3B", "mistralai--Mixtral-8x7B-v0.1", "deepseek-ai--DeepSeek-V3", "deepseek_v2_lite", "qwen2moe", "phi-3_5", "qwen2.5_3b"]
 
@@ -145,3 +152,145 @@ def test_scaling_curve(shared_data, runs):
         for r in csv.DictReader(f): assert abs(speed(int(r["npus"])) / speed(128) - float(r["linearity"])) < .03
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_states_are_the_tensors_of_our_trainer(one_thread, dtype):
+    cfg = ModelConfig(**SMALL)
+    w = Weights(model := Decoder(cfg).init_weights(), TrainConfig(), torch.device("cpu"), dtype)
+    model.hidden(torch.randint(0, 256, (1, 16))).float().sum().backward()
+    w.clip(1.)
+    grads = sum(p.grad.nbytes for p in w.named.values() if p.grad is not None)
+    w.optimizer.step()
+    P, B = cfg.num_params(), 4 if dtype == torch.float32 else 2
+    moments = sum(t.nbytes for s in w.optimizer.state.values() for t in s.values() if t.dim())
+    copy = 0 if dtype == torch.float32 else sum(p.nbytes for p in w.named.values())
+    ours = states(P, 0, Layout(bytes=B))
+    assert ours["weights"] == sum(p.nbytes for p in model.parameters())
+    assert ours["gradients"] == pytest.approx(grads, rel=.02)
+    assert ours["optimizer"] == pytest.approx(moments + copy, rel=.02)
+
+
+def test_flops_are_those_that_torch_counts(one_thread):
+    from torch.utils.flop_counter import FlopCounterMode
+    cfg, S = ModelConfig(**{**SMALL, "tie_word_embeddings": False}), 16
+    model = Decoder(cfg).init_weights()
+    with FlopCounterMode(display=False) as counter: model(torch.randint(0, 256, (1, S))).sum().backward()
+    scores = 12 * 3 * 8 * 32 * S * S
+    assert counter.get_total_flops() - flops_per_token(cfg, S) * S == pytest.approx(0, abs=scores), "torch counts the blocks that it computes, we the causal half"
+
+
+LLAMA = dict(model_type="llama", vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32, max_position_embeddings=4096)
+
+
+@pytest.fixture
+def config(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    return tmp_path / "config.json"
+
+
+def plan(capsys, *args):
+    code = main(["plan", *map(str, args), "--json"])
+    out, err = capsys.readouterr()
+    return code, json.loads(out) if out.strip() else None, err
+
+
+def test_plan_writes_what_train_takes(capsys, tmp_path, config):
+    out = tmp_path / "run.yaml"
+    code, got, _ = plan(capsys, "--model", config, "--devices", 64, "--seq", 4096, "--global-batch", 512, "--out", out)
+    assert code == 0 and got["fit"] > 0 and got["best"][0]["memory"] < 64 * 2**30
+    run = load_yaml(RunConfig, out)
+    assert run.model.num_params() == 6738415616
+    p = run.parallel
+    sizes = check(p, 64, model=run.model, seq_length=run.data.seq_length, micro_batches=run.train.accumulation(p.data_parallel_size(64)))
+    assert (sizes.tp, sizes.pp, sizes.cp) == tuple(got["best"][0]["layout"][k] for k in ("tp", "pp", "cp"))
+    capsys.readouterr()
+    assert main(["train", "--config", str(out), "--print-config"]) == 0
+
+
+def test_no_layout_was_forgotten():
+    "Against every product of small sizes, asked one by one."
+    cfg, n, batch = ModelConfig(vocab_size=512, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4), 8, 16
+    have = {(x.tp, x.pp, x.cp, x.vpp, x.micro, x.ring) for x in allowed(cfg, n, 256, batch, DEVICES["atlas-a2"])}
+    want = set()
+    for tp in range(1, 9):
+        for pp in range(1, 9):
+            for cp in range(1, 9):
+                for vpp in range(1, 5):
+                    for micro in (1, 2, 4, 8):
+                        for ring in (False, True):
+                            if n % (tp * pp * cp) or batch % (n // (tp * pp * cp) * micro) or 4 % (pp * vpp) or ring and cp == 1 or vpp > 1 and pp == 1: continue
+                            dp = n // (tp * pp * cp)
+                            x = Layout(tp=tp, pp=pp, cp=cp, vpp=vpp, dp=dp, micro=micro, batches=batch // (dp * micro), seq=256, ring=ring)
+                            if not broken_rules(cfg, x): want.add((tp, pp, cp, vpp, micro, ring))
+    assert have == want and len(want) > 20
+
+
+def test_search_over_ten_thousand_devices_takes_seconds(capsys, shared_data):
+    folder = shared_data / "configs" / "meta-llama--Meta-Llama-3.1-70B"
+    code, got, _ = plan(capsys, "--model", folder, "--devices", 10000, "--seq", 8192, "--global-batch", 10000, "--out", "")
+    assert code == 0 and got["searched"] > 10000 and got["seconds"] < 20
+
+
+def test_together_or_alone_is_the_same():
+    cfg, d = ModelConfig(**{**EXPERTS, "num_hidden_layers": 4}), DEVICES["atlas-a2"]
+    rows = spread_choices(allowed(cfg, 16, 256, 32, d))
+    m = measure_all(cfg, rows, d)
+    for i in range(0, len(rows), max(1, len(rows) // 40)):
+        assert m["seconds"][i] == pytest.approx(float(step_time(cfg, rows[i], d)["seconds"]))
+        assert m["memory"][i] == pytest.approx(measure_all(cfg, [rows[i]], d)["memory"][0])
+
+
+def test_what_does_not_fit_says_why_and_what_helps(capsys, config):
+    fixed = ("--model", config, "--devices", 8, "--global-batch", 64, "--tp", 1, "--pp", 1, "--cp", 1, "--micro", 4, "--recompute", "none", "--zero", 1, "--out", "")
+    code, got, _ = plan(capsys, *fixed)
+    assert code == 2 and not got["best"] and "Stage 0 holds" in got["tight"]["why"] and got["tight"]["changes"]
+    change = got["tight"]["changes"][0]["layout"]
+    assert not broken_rules(ModelConfig(**LLAMA), Layout(**change)) and got["tight"]["changes"][0]["memory"] < 64 * 2**30 * .95
+
+
+BAD = {
+    "seven devices": (["--devices", "7"], "7 devices"),
+    "unknown device": (["--device", "atlas-a9"], "To add one"),
+    "tp beyond the heads": (["--tp", "64", "--devices", "64"], "num_attention_heads"),
+    "no such file": (["--device-file", "/nowhere.yaml", "--device", "mine"], "/nowhere.yaml"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_plans_are_one_sentence(capsys, config, case):
+    args, said = BAD[case]
+    code, got, err = plan(capsys, "--model", config, "--global-batch", 512, "--out", "", *args)
+    assert code == 2 and got is None and said in err and len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size"])
+def test_missing_sizes_are_named(capsys, tmp_path, key):
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in LLAMA.items() if k != key}))
+    code, _, err = plan(capsys, "--model", tmp_path, "--out", "")
+    assert code == 2 and key in err
+
+
+def test_validate_takes_any_file_and_fits_nothing(capsys, tmp_path, runs):
+    rows = read_runs(runs)
+    halved = tmp_path / "half.csv"
+    with open(halved, "w", newline="") as f:
+        w = csv.DictWriter(f, list(rows[0])); w.writeheader()
+        w.writerows({**r, "tok_p_s_per_npu": float(r["tok_p_s_per_npu"]) / 2, "mfu_flag": "impossible" if i == 0 else ""} for i, r in enumerate(rows))
+    code, whole, _ = plan(capsys, "--validate", runs)
+    assert code == 0 and set(whole) >= {"rows", "median_error", "p90_error", "by_row"} and whole["rows"] == len(rows) == len(whole["by_row"])
+    code, got, _ = plan(capsys, "--validate", halved)
+    assert got["rows"] == len(rows) - 1 and got["left_out"] == 1
+    assert [b["predicted"] for b in got["by_row"]] == [b["predicted"] for b in whole["by_row"]], "predictions do not look at what was published"
+    for cut in ("tp", "mla"):
+        short = tmp_path / "short.csv"
+        short.write_text("\n".join(",".join(v for k, v in zip(rows[0], line, strict=True) if k != cut) for line in [list(rows[0])]) + "\n1\n")
+        code, _, err = plan(capsys, "--validate", short)
+        assert code == 2 and f"columns: {cut}" in err
+
+
+@pytest.mark.parametrize("save, between, restart", [(60., 12000., 600.), (5., 1800., 60.), (300., 3600., 900.)])
+def test_goodput_formula_against_drawn_failures(save, between, restart):
+    every = best_interval(save, between, restart)
+    drawn = np.mean([simulate(every, save, between, restart, 400 * between, seed=s)["goodput"] for s in range(5)])
+    assert drawn == pytest.approx(float(goodput(every, save, between, restart)), abs=.015)
+    for other in (every / 4, every * 4): assert simulate(other, save, between, restart, 400 * between)["goodput"] < drawn
+    assert daly(save, between) == pytest.approx(every, rel=.05) and young(save, between) == pytest.approx(every, rel=.5)

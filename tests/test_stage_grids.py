@@ -45,7 +45,8 @@ def same(one, many):
 
 
 def both(config, n, tmp_path, stage="dpo", tune=None, model=MODEL, dtype="fp32", **grid):  # noqa: F811
-    one, many = (config(name, stage, tune, model, train_iters=10, eval_interval=5, global_batch_size=8, dtype=dtype) for name in ("one", "many"))
+    data = n // (grid.get("tp", 1) * grid.get("pp", 1)) # so many processes read a validation's pairs together
+    one, many = (config(name, stage, tune, model, train_iters=10, eval_interval=5, eval_iters=k, global_batch_size=8, dtype=dtype) for name, k in (("one", 4), ("many", 4 // data)))
     training.run(one, json=True)
     out = spread(many, n, tmp_path, **grid)
     same(one, many)

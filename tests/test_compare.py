@@ -1,0 +1,170 @@
+"""Intervals and significance against scipy; several tasks and models; a run that is killed goes on; tasks of one's own."""
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_evaluator import save_bpe, save_tiny
+from test_tasks import write_mmlu
+
+from ascend_nb.chances import mcnemar, paired_bootstrap, wilson
+from ascend_nb.comparing import compare, read_result
+from ascend_nb.config import EvalConfig
+from ascend_nb.core import UserError
+from ascend_nb.evaluator import run
+
+CLI = [sys.executable, "-c", "from ascend_nb.cli import main; raise SystemExit(main())"]
+
+
+def ascend_nb(*args, **kw):
+    return subprocess.run([*CLI, *map(str, args)], capture_output=True, text=True, **kw)
+
+
+def test_wilson_and_mcnemar_are_scipys():
+    from scipy.stats import binomtest
+
+    for k, n in ((0, 5), (3, 7), (50, 100), (100, 100), (999, 2000)):
+        ci = binomtest(k, n).proportion_ci(method="wilson")
+        assert wilson(k, n) == pytest.approx((ci.low, ci.high), abs=1e-6)
+    rng = random.Random(3)
+    for n in (10, 60, 400, 3000):
+        a, b = ([int(rng.random() < p) for _ in range(n)] for p in (.4, .5))
+        only_a, only_b, p = mcnemar(a, b)
+        assert only_a == sum(x and not y for x, y in zip(a, b, strict=True)) and p == pytest.approx(binomtest(only_b, only_a + only_b).pvalue, rel=0.1 if n > 2000 else 1e-9)
+    assert mcnemar([1, 0], [1, 0]) == (0, 0, 1.0)
+
+
+def test_the_bootstraps_interval_is_scipys():
+    import numpy as np
+    from scipy.stats import bootstrap
+
+    rng = random.Random(5)
+    a, b = ([rng.random() ** e for _ in range(120)] for e in (1, .8))
+    d = np.array(b) - np.array(a)
+    ci = bootstrap((d,), np.mean, method="percentile", n_resamples=4000, rng=np.random.default_rng(1)).confidence_interval
+    assert paired_bootstrap(a, b) == pytest.approx((ci.low, ci.high), abs=0.01)
+    assert paired_bootstrap(a, b) == paired_bootstrap(a, b)
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory):
+    "Two models and two benchmarks below one folder."
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    root = tmp_path_factory.mktemp("compare")
+    save_bpe(save_tiny(root / "base", 420), bos=True)
+    save_bpe(save_tiny(root / "tuned", 420), bos=True)
+    weights = load_file(root / "tuned/model.safetensors")
+    save_file({k: v + 0.1 * torch.randn(v.shape, generator=torch.Generator().manual_seed(1)) for k, v in weights.items()}, root / "tuned/model.safetensors", {"format": "pt"})
+    write_mmlu(root / "eval/mmlu", ["anatomy", "virology"])
+    (root / "eval/boolq").mkdir()
+    (root / "eval/boolq/dev.jsonl").write_text("".join(json.dumps(dict(question=f"is {i} even", passage=f"{i} is a number.", answer=i % 2 == 0)) + "\n" for i in range(9)))
+    return root
+
+
+def test_two_models_on_two_tasks(room, tmp_path):
+    done = ascend_nb("evaluate", "--model", room / "base", "--model", room / "tuned", "--data-path", room / "eval", "--tasks", "mmlu,boolq", "--num-fewshot", 0, "--device", "cpu", "--output", tmp_path / "both.json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "both.json").read_text())
+    assert found["models"] == ["base", "tuned"] and list(found["tasks"]) == ["mmlu", "boolq"] and (tmp_path / "both.png").read_bytes()[:4] == b"\x89PNG"
+    a, b = (read_result(tmp_path / f"{n}/both.json") for n in ("1_base", "2_tuned"))
+    for t in ("mmlu", "boolq"):
+        row, wins = found["tasks"][t]["rows"][1], [(x["acc"], y["acc"]) for x, y in zip(a["samples"][t], b["samples"][t], strict=True)]
+        assert (row["only_base"], row["only_this"]) == (sum(x > y for x, y in wins), sum(x < y for x, y in wins)) and row["n"] == len(wins)
+        assert row["score"] == pytest.approx(b["results"][t]["acc,none"])
+    again = ascend_nb("compare", tmp_path / "1_base/both.json", tmp_path / "2_tuned/both.json", "--plot", tmp_path / "bars.svg", "--json")
+    def numbers(f): return {t: [{k: v for k, v in r.items() if k != "model"} for r in x["rows"]] for t, x in f["tasks"].items()}
+    assert numbers(json.loads(again.stdout)) == numbers(found) and "<svg" in (tmp_path / "bars.svg").read_text()
+    assert "better : worse" in done.stdout and done.stdout.count("(lm-eval)") == 6
+
+
+def test_other_questions_are_not_compared(room, tmp_path):
+    for name, limit in (("a", 2), ("b", 3)): run(EvalConfig(str(room / "base"), str(room / "eval"), "boolq", limit=limit, output=str(tmp_path / name / "r.json"), device="cpu"), json=True)
+    done = ascend_nb("compare", tmp_path / "a/r.json", tmp_path / "b/r.json")
+    assert done.returncode == 2 and "Found 2 questions of boolq in the first result and 3 for b, 2 of them the same" in done.stderr
+    assert ascend_nb("compare", tmp_path / "a/r.json").returncode == 2
+    (tmp_path / "a/samples_boolq.jsonl").unlink()
+    with pytest.raises(UserError, match="is no result of `ascend_nb evaluate`"): read_result(tmp_path / "a/r.json")
+    with pytest.raises(UserError, match="Name the results of two models"): compare({"a": {}})
+
+
+@pytest.mark.parametrize("protocol", ["lm-eval", "modellink"])
+def test_a_killed_run_goes_on(room, tmp_path, protocol):
+    "SIGKILL in the middle: the second run asks what is left, and the result is that of a run that was left alone."
+    out, slow = tmp_path / "r.json", "import ascend_nb.evaluator as e, time; e.TOGETHER = e.WRITTEN = 2; add = e.Log.add\ndef patient(self, s): add(self, s); time.sleep(0.3)\ne.Log.add = patient\n"
+    args = ["evaluate", "--model", str(room / "base"), "--data-path", str(room / "eval"), "--task", "mmlu", "--protocol", protocol, "--num-fewshot", "1", "--device", "cpu", "--output", str(out)]
+    child = subprocess.Popen([sys.executable, "-c", slow + f"from ascend_nb.cli import main; raise SystemExit(main({args!r}))"], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    part, end = tmp_path / "samples_mmlu.jsonl.part", time.time() + 120
+    while time.time() < end and not (part.exists() and part.read_text().count("\n") >= 5): time.sleep(0.05)
+    os.kill(child.pid, signal.SIGKILL); child.wait()
+    known = part.read_text().count("\n") - 1
+    assert 4 <= known < 12 and not out.exists()
+    with open(part, "a") as f: f.write('{"subject": "anat') # the line it was in
+    done = ascend_nb(*args)
+    assert done.returncode == 0 and f"{known} questions were answered before" in done.stderr
+    one = run(EvalConfig(str(room / "base"), str(room / "eval"), "mmlu", protocol, num_fewshot=1, device="cpu", output=str(tmp_path / "alone/r.json")), json=True)
+    assert json.loads(out.read_text())["results"] == one["results"]
+    lines = [[json.loads(x) for x in p.read_text().splitlines()] for p in (tmp_path / "samples_mmlu.jsonl", tmp_path / "alone/samples_mmlu.jsonl")]
+    assert [(x["prompt"], x["correct"]) for x in lines[0]] == [(x["prompt"], x["correct"]) for x in lines[1]] and not part.exists()
+
+
+def test_another_question_starts_anew(room, tmp_path, capsys):
+    cfg = dict(model=str(room / "base"), data_path=str(room / "eval"), task="boolq", device="cpu", output=str(tmp_path / "r.json"))
+    from ascend_nb.evaluator import Log
+    Log(tmp_path / "samples_boolq.jsonl.part", dict(of="another")).add([dict(subject="", doc_id=0, acc=1.0)])
+    run(EvalConfig(**cfg), json=True)
+    assert "answered before" not in capsys.readouterr().err and len((tmp_path / "samples_boolq.jsonl").read_text().splitlines()) == 9
+
+
+def test_own_tasks(room, tmp_path):
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(dict(q=f"What is {i}?", options=["A", "B"], gold=i % 2, answer=str(i))) + "\n" for i in range(4)))
+    (tmp_path / "choice.yaml").write_text("files: q.jsonl\ntext: 'Question: {q}\\nAnswer:'\nchoices: options\nshots: own\nnum_fewshot: 1\nmetrics: [acc, acc_norm]\n")
+    (tmp_path / "write.yaml").write_text("name: numbers\nfiles: q.jsonl\nrows: {columns: [q], answer: {text: answer}}\ntext: '{q}'\nmax_new_tokens: 3\nmarks: {acc: [{regex: '([0-9]+)'}]}\n")
+    out = run(EvalConfig(str(room / "base"), "anywhere", f"{tmp_path}/choice.yaml,{tmp_path}/write.yaml", device="cpu", output=str(tmp_path / "r.json")), json=True)
+    assert out["protocol"] == {"choice": "own", "numbers": "own"} and out["results"]["choice"]["sample_len"] == 3 and out["results"]["numbers"]["sample_len"] == 4
+    line = json.loads((tmp_path / "samples_numbers.jsonl").read_text().splitlines()[1])
+    assert {"prompt", "output", "extracted", "gold", "correct"} <= set(line) and line["gold"] == "1"
+    done = ascend_nb("evaluate", "--model", room / "base", "--data-path", tmp_path, "--task", tmp_path / "none.yaml")
+    assert done.returncode == 2 and "expected a YAML file that describes a task" in done.stderr
+
+
+BAD = {("--task", "mmlo"): "Did you mean mmlu?", ("--tasks", "mmlu,ceval"): "for the task ceval", ("--task", "mmlu", "--defects", "x", "--protocol", "modellink"): "which is not known",
+       ("--task", "mmlu", "--num-fewshot", "9"): "Found 6 worked examples", ("--protocol", "lmeval"): "Did you mean lm-eval?", ("--task", "bbh"): "expected *.json for the task bbh"}
+
+
+@pytest.mark.parametrize("args", BAD, ids=" ".join)
+def test_a_mistake_is_one_sentence_and_exit_code_2(room, args, capsys):
+    from ascend_nb.cli import main
+
+    code = main(["evaluate", "--model", str(room / "base"), "--data-path", str(room / "eval"), "--device", "cpu", *args])
+    err = capsys.readouterr().err.strip()
+    assert code == 2 and BAD[args] in err and err.count("ascend_nb: ") == 1
+
+
+def test_a_task_with_one_protocol_says_so(room, capsys):
+    out = run(EvalConfig(str(room / "base"), str(room / "eval"), "mmlu_continuation", "modellink", num_fewshot=0, limit=1, device="cpu"), json=True)
+    assert out["protocol"] == {"mmlu_continuation": "lm-eval"} and "mmlu_continuation has the protocol lm-eval only" in capsys.readouterr().err
+
+
+def test_chat_puts_each_prompt_into_the_template(room, tmp_path):
+    import shutil
+
+    shutil.copytree(room / "base", tmp_path / "chat")
+    (tmp_path / "chat/chat_template.jinja").write_text("{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]")
+    plain, chat = (run(EvalConfig(str(tmp_path / "chat"), str(room / "eval"), "boolq", chat=c, limit=3, device="cpu", output=str(tmp_path / str(c) / "r.json")), json=True) for c in (False, True))
+    a, b = ([json.loads(x)["logprobs"] for x in Path(tmp_path / str(c) / "samples_boolq.jsonl").read_text().splitlines()] for c in (False, True))
+    assert a != b and plain["config"]["chat"] is False and chat["config"]["chat"] is True
+    from ascend_nb.hf_format import load_model
+    from ascend_nb.likelihood import loglikelihoods
+    from ascend_nb.tasks import load_task
+    from ascend_nb.tokenizers import load_tokenizer
+    item, tok = load_task("boolq", room / "eval", limit=1)[0], load_tokenizer(tmp_path / "chat")
+    ids = tok.encode(f"[user]{item.prompt}[assistant]")
+    want = loglikelihoods(load_model(tmp_path / "chat"), tok, [(tuple(ids), tuple(tok.encode(c))) for c in item.choices])
+    assert b[0] == pytest.approx([x for x, _ in want], abs=1e-4)
