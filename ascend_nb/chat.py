@@ -156,6 +156,7 @@ def _switch(chat, word): # "/adapter poems", "/adapter none", "/adapter"
     b = book(chat.model)
     say(phrase("chat_adapters", names=", ".join(b.specs) or "-", now=b.using or "none"))
 
+# %% ../nbs/51_chat.ipynb #6f3b60c8
 def converse(
     chat: Chat, # with whom
     file=None, # where answers go; none: stdout, or this notebook's cell
