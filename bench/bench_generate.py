@@ -10,7 +10,7 @@
   llama   llama.cpp (if `llama_cpp` and files are there: ASCEND_NB_GGUF names them, commas between), tokens/s beside ours in the same run
 
 The sides take turns, round after round; every ratio is the median of the rounds' ratios, so that what else the machine does hits both. Steps are the time between two tokens, so the prompt is not in them.
-memory is one pass of torch's sum over as many bytes as the model's weights: what reading alone costs. bandwidth_share: bytes of the weights x tokens/s / that speed.
+memory is one pass of torch's sum over as many bytes as the model's weights, in large pages: what reading alone costs. bandwidth_share: bytes of the weights x tokens/s / that speed.
 ASCEND_NB_SMOLLM2 names a folder with the real weights (`ascend_nb fetch smollm2-135m --to DIR`); without it they are random.
 """
 import argparse
@@ -24,6 +24,7 @@ from pathlib import Path
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+import numpy as np
 import torch
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LlamaConfig
@@ -87,7 +88,7 @@ class Bench:
         self.tok = load_tokenizer(folder or ROOT / "data_samples" / "tokenizer")
         self.tok.special = {**self.tok.special, "eos_token": None}
         self.weights = sum(x.numel() * x.element_size() for x in model.parameters())
-        self.block, self.ids = torch.ones(self.weights // 4), torch.randint(0, 1000, (32,), generator=torch.Generator().manual_seed(0)).tolist()
+        self.block, self.ids = torch.from_numpy(np.ones(self.weights // 4, dtype=np.float32)), torch.randint(0, 1000, (32,), generator=torch.Generator().manual_seed(0)).tolist()
         if folder: self.ids = self.tok.encode("Once upon a time, in a small village by the sea, there lived an old fisherman who", special=True)
 
     def turns(self, **sides):
