@@ -349,13 +349,13 @@ def test_a_chat_that_the_template_refuses_is_a_bad_row(tok, tmp_path):
     assert said["documents"] == said["bad_rows"] == 1 and said["bad_examples"][0]["row"] == "row 2 of x.jsonl"
 
 
-def test_a_pair_that_lacks_a_side_is_left_out_of_all_four_files(tok, tmp_path):
+def test_a_pair_that_lacks_a_side_is_a_bad_row_and_left_out_of_all_four_files(tok, tmp_path):
     pair = dict(instruction="q", input="", chosen="good", rejected="bad")
     (tmp_path / "x.jsonl").write_text("\n".join(json.dumps(r) for r in (pair, dict(pair, rejected=""), {k: v for k, v in pair.items() if k != "chosen"}, dict(pair, chosen=5), pair)))
     cfg = dict(input=str(tmp_path / "x.jsonl"), output_prefix=str(tmp_path / "out"), tokenizer_name_or_path=tok, handler_name="AlpacaStylePairwiseHandler")
-    with pytest.raises(UserError, match="row 4 of x.jsonl"): run(PreprocessConfig(**cfg), json=True)
+    with pytest.raises(UserError, match="row 2 of x.jsonl"): run(PreprocessConfig(**cfg), json=True)
     said = run(PreprocessConfig(**cfg, on_bad_row="skip"), json=True)
-    assert (said["documents"], said["skipped_empty"], said["bad_rows"]) == (2, 2, 1) and {len(IndexedReader(f)) for f in said["files"]} == {2}
+    assert (said["documents"], said["skipped_empty"], said["bad_rows"]) == (2, 0, 3) and {len(IndexedReader(f)) for f in said["files"]} == {2}
 
 
 def test_nothing_to_learn_is_left_out_and_counted(tok, tmp_path):
