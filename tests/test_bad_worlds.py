@@ -1,4 +1,5 @@
 """A world that cannot work, under the real torchrun: one sentence, every rank leaves with the same exit code, and no process remains."""
+import contextlib
 import json
 import os
 import re
@@ -6,12 +7,17 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 from worlds import world
+
+from ascend_nb.core import UserError, rank_info
+from ascend_nb.mesh import reach
 
 MODEL = ["--hidden-size", "32", "--num-hidden-layers", "2", "--num-attention-heads", "4", "--num-key-value-heads", "2"]
 # name -> (flags, what the one sentence has to say); `vocab` and `heads` and the like break one rule each
@@ -184,6 +190,17 @@ def test_a_port_in_use(taken, text, tmp_path, samples):
     assert [code for code, *_ in outs] == [2, 2]
     assert re.fullmatch(rf"ascend_nb: Port {taken} of 127.0.0.1 is in use by another program; .*--master-port to torchrun\.\n", outs[0][2])
     assert re.fullmatch(rf"ascend_nb: \[rank 1\] Rank 0 \(nobody answers at 127.0.0.1:{taken}\) of 2 did not come within 1 s\. .*\n", outs[1][2])
+
+
+def test_torch_gives_up_before_we_do(monkeypatch):
+    "Its own time-out is the same sentence. Whoever listens here ends every talk at once."
+    with socket.create_server(("127.0.0.1", 0)) as s:
+        def refuse():
+            with contextlib.suppress(OSError):
+                while True: s.accept()[0].close()
+        threading.Thread(target=refuse, daemon=True).start()
+        for k, v in dict(RANK=1, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=s.getsockname()[1]).items(): monkeypatch.setenv(k, str(v))
+        with pytest.raises(UserError, match=r"Rank 0 \(nobody answers at 127.0.0.1:\d+\) of 2 did not come"): reach(rank_info(), timedelta(seconds=.2))
 
 
 def test_a_port_in_use_under_torchrun(taken, text, tmp_path, samples):
