@@ -148,6 +148,15 @@ ParallelTrainer.read_batches = fail""")
 
 
 @pytest.mark.slow
+def test_a_host_that_does_not_see_the_run_folder(text, tmp_path, samples):
+    "A folder of the same name on another disk: told before the first step, not at the first save."
+    program = odd_rank(tmp_path, f"if os.environ['RANK'] == '1': os.makedirs({str(tmp_path / 'elsewhere')!r}); os.chdir({str(tmp_path / 'elsewhere')!r})")
+    flags = [x if x != tmp_path / "run" else "run" for x in train(text, tmp_path, samples)]
+    World(tmp_path, program, [*flags, "--no-shared-storage"]).told_once(r"The hosts \S+ do not see run; expected a folder that all hosts share.*--no-shared-storage is about the caches of data alone")
+    assert not list((tmp_path / "run").glob("step_*")) and not list((tmp_path / "run").glob(".seen*"))
+
+
+@pytest.mark.slow
 def test_a_program_error_of_one_rank_has_one_traceback(text, tmp_path, samples):
     program = odd_rank(tmp_path, """
 from ascend_nb.parallel_trainer import ParallelTrainer
