@@ -204,6 +204,15 @@ def test_who_is_in_the_way_is_named_and_left_alone(config, tmp_path, monkeypatch
     holder.kill()
 
 
+@pytest.mark.parametrize(("start", "says"), [
+    (dict(nproc=0), "nproc=0; expected 1 or more"), (dict(nnodes=0), "nnodes=0"), (dict(max_restarts=-1), "max_restarts=-1; expected 0 or more"), (dict(nproc=2, cards=[3, 3]), "2 processes for the cards 3, 3"),
+    (dict(nnodes=2), "expected HOST:PORT"), (dict(nnodes=2, master="h:99999"), "expected HOST:PORT"), (dict(nnodes=2, master=":29500"), "expected HOST:PORT"), (dict(nnodes=2, node_rank=2, master="h:29500"), "node_rank=2; expected 0 to 1")])
+def test_a_start_that_cannot_be(config, start, says):
+    cfg = config("cannot", 5)
+    with pytest.raises(UserError, match=says): jobs.launch(cfg, **start)
+    assert not jobs.RunDir(cfg.train.save).path.exists()
+
+
 def test_a_folder_that_a_run_without_a_job_uses(config):
     cfg = config("locked", 5)
     with jobs.RunDir(cfg.train.save).lock(), pytest.raises(UserError, match="another process writing to"): jobs.launch(cfg)
