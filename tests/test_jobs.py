@@ -161,6 +161,23 @@ def test_a_job_that_hangs_is_ended_by_the_second_stop_even_without_its_keeper(co
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_torchrun_is_killed_and_leaves_nobody_behind(config, nproc):
+    "Its processes notice, keep the last step and end; the next one goes on behind it."
+    cfg = config(f"launcher_{nproc}", 3000)
+    job = jobs.launch(cfg, nproc=nproc)
+    until(lambda: job.steps()[0] > 5)
+    everyone, torchrun = family(job.started["keeper"]), living(job.started["command"])
+    torchrun.kill()
+    _, left = psutil.wait_procs(everyone, 30)
+    assert not left and job.wait(10) == "failed" and "torchrun, which has started this process, is gone" in (job.folder / "log.txt").read_text(), job.tail(60)
+    at = job.steps()[0]
+    again = job.resume(replace(cfg, train=replace(cfg.train, train_iters=at + 3, resume="must")))
+    assert again.wait(90) == "finished" and again.steps()[0] == at + 3, again.tail(60)
+    assert [r["again"] for r in again.run.rows() if r.get("what") == "recovered"] == [0] and sorted(losses(again)) == [*range(1, at + 4)]
+
+
+@pytest.mark.slow
 def test_of_two_launches_at_once_one_is_refused(config, tmp_path):
     cfg = config("twice", 3000)
     save_yaml(cfg, tmp_path / "run.yaml")
