@@ -702,6 +702,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'ascend_nb.endings': { 'ascend_nb.endings._dead': ('endings.html#_dead', 'ascend_nb/endings.py'),
                                    'ascend_nb.endings._every': ('endings.html#_every', 'ascend_nb/endings.py'),
                                    'ascend_nb.endings._farewell': ('endings.html#_farewell', 'ascend_nb/endings.py'),
+                                   'ascend_nb.endings._look': ('endings.html#_look', 'ascend_nb/endings.py'),
                                    'ascend_nb.endings._speak': ('endings.html#_speak', 'ascend_nb/endings.py'),
                                    'ascend_nb.endings._until': ('endings.html#_until', 'ascend_nb/endings.py'),
                                    'ascend_nb.endings._wake': ('endings.html#_wake', 'ascend_nb/endings.py'),
