@@ -184,15 +184,15 @@ class CountModels:
     "How many decoders there are at each step that were not there before."
     order = 90
     def __init__(self): self.old, self.seen = self.all(), []
-    def all(self): gc.collect(); return [x for x in gc.get_objects() if isinstance(x, Decoder)]
+    def all(self): gc.collect(); return [x for x in gc.get_objects() if issubclass(type(x), Decoder)]
     def after_update(self, t): self.seen.append(sum(not any(m is o for o in self.old) for m in self.all()))
 
 
-@pytest.mark.parametrize("kind", ["all weights", "lora", "ref_model"])
+@pytest.mark.parametrize("kind", ["lora", "ref_model"])
 def test_one_model_is_in_memory_while_training(config, kind):
-    "With an adapter, without, and where another model was the reference: it has been asked and is gone."
+    "With an adapter, and where another model was the reference: it has been asked and is gone."
     base = training.run(config("base", stage="simpo", train_iters=1), json=True)["hf"]
-    tune = {"all weights": {}, "lora": dict(lora_target_modules=["all-linear"], lora_r=4), "ref_model": dict(ref_model=base)}[kind]
+    tune = dict(lora_target_modules=["all-linear"], lora_r=4) if kind == "lora" else dict(ref_model=base)
     count = CountModels()
     job = training.build(config(load=base, tune=tune, train_iters=3), callbacks=[count])
     with job.run.lock(): training._fit(job)
