@@ -11,6 +11,7 @@ import sys
 import pytest
 import yaml
 from conftest import ROOT
+from here import ascend
 
 from ascend_nb import config
 from ascend_nb.core import UserError
@@ -22,7 +23,6 @@ from ascend_nb.scripts import config_of, draft_of, grid_notes, import_text, trai
 SAMPLE = ROOT / "data_samples" / "pretrain_tales_ptd.sh"
 
 
-def ascend(*args, **kw): return subprocess.run([sys.executable, "-m", "ascend_nb.cli", *map(str, args)], capture_output=True, text=True, **kw)
 
 
 # Each piece of bash is also run by bash itself, with programs that print their arguments.
