@@ -45,6 +45,7 @@ class Task:
     both: tuple = () # steps for the answer and what is right
     compare: str = "equal" # equal, needle, code
     program: str = "" # compare: code: what is run; {output}, {extracted}
+    seconds: float = 10.0 # of a program, by the clock
     topics: dict = field(default_factory=dict) # subject -> {topic}
     derive: str = "" # a key of DERIVED
     subtask: str = "" # lm-eval's name of one subject; empty: the task has no subjects
@@ -191,6 +192,7 @@ class Item:
     gold: int | tuple | str # index of the right one, indices where several are, or the right text
     delimiter: str = " " # stands between prompt and answer
     alone: bool = False # the answers are single tokens, written as the tokenizer writes them alone
+    turns: tuple = () # the same prompt as a chat: (question, answer) of each worked example, and the question
 
     def pairs(self,
         tokenizer=None # for answers that stand alone
@@ -236,15 +238,17 @@ def _answers(task, doc, words): # what may be answered
     if isinstance(task.choices, str): return tuple(map(str, doc.get(task.choices) or ()))
     return tuple(_fill(task, c, doc, words) for c in task.choices)
 
-def _worked(task, doc, words): # a worked example
-    if task.shot: return _fill(task, task.shot, doc, words) + "\n\n"
+def _worked(task, doc, words): # a worked example: question, answer, and both as text
     gold = doc["gold"][0] if isinstance(doc["gold"], list) else doc["gold"]
     answer = _answers(task, doc, words)[gold] if task.choices else _fill(task, task.target, doc, words)
-    return _fill(task, task.text, doc, words) + task.delimiter + answer + "\n\n"
+    ask = _fill(task, task.text, doc, words)
+    return ask, answer, (_fill(task, task.shot, doc, words) if task.shot else ask + task.delimiter + answer) + "\n\n"
 
-def _item(task, subject, i, doc, head, words):
+def _item(task, subject, i, doc, words, shots):
     gold = _fill(task, task.gold or task.target, doc, words) if not task.choices else tuple(doc["gold"]) if isinstance(doc["gold"], list) else doc["gold"]
-    return Item(subject, i, doc, head + _fill(task, task.text, doc, words), _answers(task, doc, words), gold, task.delimiter, task.alone)
+    head, ask = _fill(task, task.description, {}, words), _fill(task, task.text, doc, words)
+    said = [*(x for q, a, _ in shots for x in (q, a)), ask]
+    return Item(subject, i, doc, head + "".join(t for *_, t in shots) + ask, _answers(task, doc, words), gold, task.delimiter, task.alone, (head + said[0], *said[1:]))
 
 # %% ../nbs/52_tasks.ipynb #5b5d2efa
 def load_task(
@@ -264,10 +268,10 @@ def load_task(
         if not docs: raise UserError("no_questions", path=file)
         if task.rows.get("format") == "hay": docs = hay(file, docs) if hay else [{**d, "context": ""} for d in docs]
         shots, used = _shots(task, subject, file, n, docs)
-        head = _fill(task, task.description, {}, words) + "".join(_worked(task, d, words) for d in shots)
+        worked = [_worked(task, d, words) for d in shots]
         left = list(enumerate(docs))[used:]
         if task.order: left.sort(key=lambda p: len(p[1][task.order]))
-        items += [_item(task, subject, i, d, head, words) for i, d in left[:limit or None]]
+        items += [_item(task, subject, i, d, words, worked) for i, d in left[:limit or None]]
     return items
 
 # %% ../nbs/52_tasks.ipynb #ef0ff322
