@@ -2681,6 +2681,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'ascend_nb.tasks.get_task': ('tasks.html#get_task', 'ascend_nb/tasks.py'),
                                  'ascend_nb.tasks.known_defects': ('tasks.html#known_defects', 'ascend_nb/tasks.py'),
                                  'ascend_nb.tasks.load_task': ('tasks.html#load_task', 'ascend_nb/tasks.py'),
+                                 'ascend_nb.tasks.missing_subjects': ('tasks.html#missing_subjects', 'ascend_nb/tasks.py'),
                                  'ascend_nb.tasks.own_task': ('tasks.html#own_task', 'ascend_nb/tasks.py'),
                                  'ascend_nb.tasks.task_files': ('tasks.html#task_files', 'ascend_nb/tasks.py'),
                                  'ascend_nb.tasks.task_table': ('tasks.html#task_table', 'ascend_nb/tasks.py')},

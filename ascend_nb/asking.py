@@ -72,17 +72,17 @@ def check_room(
     chat: dict | None = None # as of `score_items`
 ) -> None:
     "Raise UserError where a prompt and its answer are longer than the model: it says by how much."
-    limit = max_length(model.cfg) - most if most else model.cfg.max_position_embeddings + 1 # the last token of a choice is not read
-    def far(i): return len(i.prompt.encode()) + max((len(c.encode()) for c in i.choices), default=0) + 64 > limit # a token has a byte at least; 64 for what a template adds
+    limit = max_length(model.cfg) if most else model.cfg.max_position_embeddings
+    def far(i): return len(i.prompt.encode()) + max((len(c.encode()) for c in i.choices), default=most) + 64 > limit # a token has a byte at least; 64 for what a template adds
     some = [i for i in items if chat is not None or far(i)]
-    if not items or not some: return
-    if items[0].choices: long = [max(len(a) + len(b) for a, b in encode_pairs(tokenizer, pairs_of(tokenizer, i, chat))) for i in some]
-    else: long = [len(ids_of(tokenizer, i, chat)) for i in some]
+    if not some: return
+    if most: long = [len(ids_of(tokenizer, i, chat)) + most for i in some]
+    else: long = [max(len(a) + len(b) - 1 for a, b in encode_pairs(tokenizer, pairs_of(tokenizer, i, chat))) for i in some] # the last token is not read
     over = [(n, i) for n, i in zip(long, some) if n > limit]
     if not over: return
     n, worst = max(over, key=lambda x: x[0])
-    raise UserError("eval_long", n=len(over), of=len(items), who=f"{worst.subject} {worst.doc_id}".strip(), got=n, most=limit, over=n - limit, answer=most)
+    raise UserError("eval_long", n=len(over), of=len(items), who=f"{worst.subject} {worst.doc_id}".strip(), got=n, most=limit, over=n - limit)
 
-messages(eval_long=("Found {n} of {of} prompts that are too long: the longest (question {who}) has {got} tokens; expected at most {most}, beside {answer} for the answer: it is too long by {over}. "
+messages(eval_long=("Found {n} of {of} prompts that are too long: the longest (question {who}) has {got} tokens with its answer; expected at most {most}, the model's length: it is too long by {over}. "
                     "Pass fewer --num-fewshot, or --truncate true to cut prompts from the left as lm-eval does.",
-                    "{of} 个提示中有 {n} 个过长：最长的（题目 {who}）有 {got} 个词元；除答案的 {answer} 个外最多 {most} 个，超出 {over} 个。请减小 --num-fewshot，或用 --truncate true 像 lm-eval 那样从左侧截断。"))
+                    "{of} 个提示中有 {n} 个过长：最长的（题目 {who}）连同答案有 {got} 个词元；应不超过模型长度 {most}，超出 {over} 个。请减小 --num-fewshot，或用 --truncate true 像 lm-eval 那样从左侧截断。"))

@@ -25,7 +25,7 @@ from .likelihood import encode_pairs, loglikelihoods
 from .many_devices import copies, crowd, meet, open_model, tokenizer_folder
 from .marking import NOTHING, extract, mark
 from .model import Decoder
-from .tasks import Item, Task, get_task, known_defects, load_task, task_files
+from .tasks import Item, Task, get_task, known_defects, load_task, missing_subjects, task_files
 from .writing import batch_for, write_answers
 
 # %% ../nbs/53_evaluator.ipynb #d4420c7c
@@ -287,6 +287,7 @@ def _places(cfg: EvalConfig) -> dict: # task -> where its data is
         if t.protocol not in (cfg.protocol, "own"): say(phrase("task_protocol", name=t.name, has=t.protocol, got=cfg.protocol))
         places[t] = t.home if t.home and any((Path(t.home)).glob(t.files)) else str(p)
         load_task(t, places[t], cfg.num_fewshot, 1) # mistakes in the data come before the minutes of loading a model
+        if lack := missing_subjects(t, task_files(t, places[t])): say(lack)
     return places
 
 messages(
@@ -340,6 +341,7 @@ messages(
     eval_none=("none", "无"),
 )
 
+# %% ../nbs/53_evaluator.ipynb #f0327a01
 def _one(cfg, path, places, output, mesh, json, samples=False): # one model
     from ascend_nb.tokenizers import load_tokenizer
     device = pick_device(cfg.device); dtype = pick_dtype(cfg.dtype, device.value)
