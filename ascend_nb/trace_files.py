@@ -31,7 +31,7 @@ def read_events(
     try:
         with _open(path) as f:
             while not (begin := _BEGIN.search(text)):
-                if not (more := f.read(_PIECE)) or len(text) > _LIMIT: raise UserError("no_trace", path=path)
+                if not (more := f.read(_PIECE)) or len(text) > _LIMIT: raise UserError("trace_none", path=path)
                 text += more
             at = begin.end()
             while True:
@@ -40,16 +40,16 @@ def read_events(
                 try: event, at = decode(text, at)
                 except ValueError:
                     more = f.read(_PIECE) if len(text) - at < _LIMIT else ""
-                    if not more: raise UserError("cut_trace", path=path, n=n) from None
+                    if not more: raise UserError("trace_cut", path=path, n=n) from None
                     text, at = text[at:] + more, 0
                     continue
                 n += 1
                 yield event
-    except (EOFError, UnicodeDecodeError, gzip.BadGzipFile): raise UserError("cut_trace", path=path, n=n) from None
+    except (EOFError, UnicodeDecodeError, gzip.BadGzipFile): raise UserError("trace_cut", path=path, n=n) from None
 
 messages(
-    no_trace=("Found no trace in {path}; expected a JSON list of events, or an object with traceEvents. Name a file that a profiler wrote.", "{path} 不是 trace 文件；应为事件列表，或含 traceEvents 的 JSON 对象。请指定 profiler 生成的文件。"),
-    cut_trace=("{path} ends, or is no JSON, behind {n} whole events; expected a closing bracket. Copy it again from where it was recorded, or record it anew.", "{path} 在第 {n} 个完整事件之后中断或不是有效的 JSON；应以右括号结束。请重新拷贝或重新采集。"),
+    trace_none=("Found no trace in {path}; expected a JSON list of events, or an object with traceEvents. Name a file that a profiler wrote.", "{path} 不是 trace 文件；应为事件列表，或含 traceEvents 的 JSON 对象。请指定 profiler 生成的文件。"),
+    trace_cut=("{path} ends, or is no JSON, behind {n} whole events; expected a closing bracket. Copy it again from where it was recorded, or record it anew.", "{path} 在第 {n} 个完整事件之后中断或不是有效的 JSON；应以右括号结束。请重新拷贝或重新采集。"),
 )
 
 # %% ../nbs/57_trace_files.ipynb #981bdec3
@@ -66,7 +66,7 @@ class Names(dict):
     "A number for each text, in the order of their coming."
     def __missing__(self, key): self[key] = len(self); return self[key]
 
-_ARROWS = ("async_npu", "ac2g") # from an operator of the host to a kernel, in torch_npu's and in torch's traces
+_ARROWS, _TURN = ("async_npu", "ac2g"), "fwdbwd" # from an operator of the host to a kernel, in torch_npu's and in torch's traces; from forward to backward
 
 class Spans:
     "The events of a trace that last."
@@ -74,20 +74,21 @@ class Spans:
         path, # a Chrome trace
         keep=lambda e: True # (event) -> is it kept?
     ):
-        names, cats, lanes, arrows = Names(), Names(), Names(), ({}, {})
+        names, cats, lanes, arrows = Names(), Names(), Names(), {c: ({}, {}) for c in (*_ARROWS, _TURN)}
         self.path, self.titles, self.threads, cols = path, {}, {}, [array(t) for t in "iiiqq"]
         for e in read_events(path):
             ph, where = e.get("ph"), (e.get("pid"), e.get("tid"))
             if ph == "M" and e.get("name") in ("process_name", "thread_name"): (self.titles if e["name"][0] == "p" else self.threads)[where[0] if e["name"][0] == "p" else where] = str(e["args"]["name"])
-            elif ph in ("s", "f") and e.get("cat") in _ARROWS: arrows[ph == "f"].setdefault(e["id"], (nanoseconds(e["ts"]), where))
+            elif ph in ("s", "f") and e.get("cat") in arrows: arrows[e["cat"]][ph == "f"].setdefault(e["id"], (nanoseconds(e["ts"]), where))
             elif ph == "X" and keep(e):
                 for col, v in zip(cols, (lanes[where], cats[e.get("cat", "")], names[e["name"]], nanoseconds(e["ts"]), nanoseconds(e.get("dur", 0)))): col.append(v)
         lane, cat, name, start, ns = (np.frombuffer(c, c.typecode) if len(c) else np.zeros(0, c.typecode) for c in cols)
         cut = lambda codes, values: pd.Categorical.from_codes(codes, list(values))
         self.lanes = list(lanes) # (process, thread) by number
         self.table = pd.DataFrame(dict(lane=lane, cat=cut(cat, cats), name=cut(name, names), start_ns=start, ns=ns))
-        both = [(to[0], *arrows[0][i]) for i, to in arrows[1].items() if i in arrows[0]]
-        self.launches = pd.DataFrame(both, columns=["start_ns", "from_ns", "where"]).drop_duplicates("start_ns")
+        pairs = lambda kinds: pd.DataFrame([(*to, *arrows[c][0][i]) for c in kinds for i, to in arrows[c][1].items() if i in arrows[c][0]], columns=["start_ns", "on", "from_ns", "where"])
+        self.launches = pairs(_ARROWS).drop_duplicates("start_ns").drop(columns="on") # kernels and the moments of their launch
+        self.turns = pairs([_TURN]) # operators of the backward pass and those of the forward pass that they undo
 
 # %% ../nbs/57_trace_files.ipynb #1459e863
 def covered(
@@ -168,7 +169,7 @@ def trace_tables(
 ) -> dict: # "kernels" and "steps" -> DataFrame, columns as of `profile_files`
     "What a trace tells of a rank. Raises UserError where nothing in it lasts."
     s = Spans(path, lambda e: e.get("cat") not in ("python_function", "Trace", "enqueue", "dequeue"))
-    if s.table.empty: raise UserError("empty_trace", path=path)
+    if s.table.empty: raise UserError("trace_empty", path=path)
     work, talk, host = _kinds(s)
     on_device = bool(work.any())
     if not on_device: work = host
@@ -180,4 +181,4 @@ def trace_tables(
     rows = [dict(step=n, **split_time(k[~k.talk], k[k.talk], a, b)) for n, a, b in steps]
     return dict(kernels=kernels, steps=pd.DataFrame(rows))
 
-messages(empty_trace=("Found no event that lasts in {path}; expected operators or kernels. Record at least one whole step.", "{path} 中没有任何有时长的事件；应包含算子或核函数。请至少采集一个完整的步。"))
+messages(trace_empty=("Found no event that lasts in {path}; expected operators or kernels. Record at least one whole step.", "{path} 中没有任何有时长的事件；应包含算子或核函数。请至少采集一个完整的步。"))
