@@ -234,15 +234,16 @@ def _find(path): # what holds one rank each
     if not deep and raw: raise UserError("profile_raw_profile", path=path)
     return deep or sorted(p for n in range(3) for p in path.glob("*/" * n + "*.json*") if re.search(r"trace.*\.json(\.gz)?$", p.name))
 
+# %% ../nbs/57a_profile_files.ipynb #b0e6d336
 messages(
-    profile_no_profile=("Found no profile in {path}; expected a folder *_ascend_pt with ASCEND_PROFILER_OUTPUT, a folder with several of them, or a trace .json of torch.profiler. Name another folder.", "{path} 中没有 profile；应为含 ASCEND_PROFILER_OUTPUT 的 *_ascend_pt 目录、含多个此类目录的目录，或 torch.profiler 的 trace .json。请指定其他目录。"),
+    profile_none=("Found no profile in {path}; expected a folder *_ascend_pt with ASCEND_PROFILER_OUTPUT, a folder with several of them, or a trace .json of torch.profiler. Name another folder.", "{path} 中没有 profile；应为含 ASCEND_PROFILER_OUTPUT 的 *_ascend_pt 目录、含多个此类目录的目录，或 torch.profiler 的 trace .json。请指定其他目录。"),
     profile_raw_profile=("Found a recording in {path} that nobody has analysed: there is no ASCEND_PROFILER_OUTPUT. On a machine with CANN run: python -c \"from torch_npu.profiler.profiler import analyse; analyse('{path}')\"", "{path} 中的采集数据尚未解析：没有 ASCEND_PROFILER_OUTPUT。请在装有 CANN 的机器上运行：python -c \"from torch_npu.profiler.profiler import analyse; analyse('{path}')\""),
     profile_other_steps=("Found other steps in rank {rank} ({got}) than in rank {first} ({want}) in {path}; expected the same in all, or ranks cannot be compared. Name the folder of one rank, or record all with the same steps.", "{path} 中 rank {rank} 的步（{got}）与 rank {first} 的步（{want}）不同；各 rank 应相同才能比较。请指定单个 rank 的目录，或用相同的步重新采集。"),
     profile_two_of_a_rank=("Found rank {rank} twice: {path} and {other}; expected it once. Move one of them away, or name one folder.", "rank {rank} 出现两次：{path} 与 {other}。请移走其中一个，或指定单个目录。"),
     profile_lost_table=("rank {rank}: no {file}: {what} cannot be told", "rank {rank}：缺少 {file}，无法得知{what}"),
 )
 
-# %% ../nbs/57a_profile_files.ipynb #b0e6d336
+# %% ../nbs/57a_profile_files.ipynb #a8bf46c6
 @dataclass
 class Profile:
     "What all ranks recorded."
@@ -278,7 +279,7 @@ def open_profile(
         if k.form != "trace" and not k.files: continue
         if k.rank in ranks: raise UserError("profile_two_of_a_rank", rank=k.rank, path=ranks[k.rank].folder, other=k.folder)
         ranks[k.rank] = k
-    if not ranks: raise UserError("profile_no_profile", path=path)
+    if not ranks: raise UserError("profile_none", path=path)
     steps = {r: tuple(sorted(set(t.step))) for r in sorted(ranks) if (t := ranks[r].table("steps")) is not None}
     for r, s in steps.items():
         first = next(iter(steps))
