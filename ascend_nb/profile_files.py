@@ -119,6 +119,7 @@ def _links(data):
             a, b = pair.split("-")
             yield place | dict(source=int(a), target=int(b), transport=t["Transport Type"], mb=t["Transit Size(MB)"], time=t["Transit Time(ms)"] * 1000, gb_s=t["Bandwidth(GB/s)"])
 
+# %% ../nbs/57a_profile_files.ipynb #8939d14a
 _JSON = {"talks": _talks, "bandwidth": _bandwidth, "links": _links}
 
 def read_talks(
@@ -165,6 +166,7 @@ def group_hash(
     for c in name.encode(): a, b = (a * 29 + c) & 0xffffffff, (b * 131 + c) & 0xffffffff
     return str(a << 32 | b)
 
+# %% ../nbs/57a_profile_files.ipynb #46b69456
 @dataclass
 class Rank:
     "One process's part of a profile. `table(name)` reads what `TABLES` names, once."
@@ -266,6 +268,7 @@ class Profile:
                 if k.table(name) is None: out.append(phrase("profile_lost_table", rank=r, file=t.file if k.form == "text" else f"{t.file} ({_DBS[t.where]})", what=t.lost[lang() == "zh"]))
         return out
 
+# %% ../nbs/57a_profile_files.ipynb #f75ba992
 def open_profile(
     path, # *_ascend_pt, its ASCEND_PROFILER_OUTPUT, a folder above several, a trace, or a folder of traces
     form: str = "" # text or db: which to read where both are there; empty: text, and from databases what it lacks

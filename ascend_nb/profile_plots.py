@@ -101,6 +101,7 @@ def plot_groups(
     left.invert_yaxis(); right.set(xlabel="GB/s"); right.legend(fontsize=8)
     return fig
 
+# %% ../nbs/57c_profile_plots.ipynb #e4c00efc
 def plot_waits(
     p: Profile # of several ranks
 ): # matplotlib Figure
@@ -127,6 +128,7 @@ def plot_slow_ranks(
     ax.set(ylabel="rank", xticks=range(3), xticklabels=rel.columns, yticks=range(len(t)), yticklabels=t.index); fig.colorbar(shown, label="of a step, against the median")
     return fig
 
+# %% ../nbs/57c_profile_plots.ipynb #7b721e62
 def plot_bubble(
     p: Profile # with pipeline stages
 ): # matplotlib Figure
@@ -194,6 +196,7 @@ PLOTS = { # name -> (numbers, figure) of (profile, device)
     "modules": (lambda p, d: t if (t := _tree(p)) is not None else pd.DataFrame(), lambda p, d, t: plot_modules(t)),
 }
 
+# %% ../nbs/57c_profile_plots.ipynb #9deaea7e
 def save_figure(
     fig, # a matplotlib Figure
     path # .png, .svg or .pdf
