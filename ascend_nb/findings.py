@@ -87,6 +87,7 @@ def _small(p, device):
     there = small.type.isin(SIGNS[family]).any()
     yield _share(p, small), dict(share=_share(p, small), count=float(small["count"].sum()), of=float(t["count"].sum()), us=SMALL, try_=phrase("try_fused", what=family) if there else phrase("try_graph")), small.head(12)
 
+# %% ../nbs/57d_findings.ipynb #dfbebfef
 def _family(p, device):
     t = top_operators(p, n=10**6)
     for family, types in FUSED.items():
@@ -189,6 +190,6 @@ def changes(
 
 messages(
     change_step=("a step takes {after:.2f} ms, before {before:.2f} ({ratio:+.1%})", "每步 {after:.2f} ms，之前 {before:.2f} ms（{ratio:+.1%}）"),
-    change_part=("{part}: {before:.2f} -> {after:.2f} ms", "{part}：{before:.2f} -> {after:.2f} ms"),
+    change_part=("{part}: {before:.2f} -> {after:.2f} ms", "{part} 部分：{before:.2f} -> {after:.2f} ms"),
     change_operator=("{type}: {before:.3f} -> {after:.3f} ms a step ({count:.0f} -> {now:.0f} calls)", "{type}：每步 {before:.3f} -> {after:.3f} ms（{count:.0f} -> {now:.0f} 次）"),
 )

@@ -70,6 +70,7 @@ def run(
     if not json: _show(out)
     return out
 
+# %% ../nbs/57g_profile_report.ipynb #d6973315
 def _write(cfg, p, base, found, more, device):
     done = draw_all(p, cfg.out, device)
     if base: save_figure(plot_comparison(base, p), Path(cfg.out) / "comparison.png"); done["comparison"] = len(more)

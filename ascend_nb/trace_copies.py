@@ -22,11 +22,11 @@ def sublanes(
     out, stacks = np.zeros(len(start), np.int16), []
     for i in np.lexsort((-np.asarray(ns), start)):
         a, b = int(start[i]), int(start[i] + ns[i])
-        for n, stack in enumerate(stacks):
+        for stack in stacks:
             while stack and stack[-1] <= a: stack.pop()
-            if not stack or b <= stack[-1]: break
-        else: n, stack = len(stacks), []; stacks.append(stack)
-        stack.append(b); out[i] = n
+        n = next((n for n, stack in enumerate(stacks) if not stack or b <= stack[-1]), len(stacks))
+        if n == len(stacks): stacks.append([])
+        stacks[n].append(b); out[i] = n
     return out
 
 class _Lanes: # the begins and lengths of every lane's events, in the file's order
@@ -70,6 +70,7 @@ def _survey(path, steps): # first moment kept, window or None, lanes, arrows wit
         if e.get("ph") in ("s", "f"): ends.setdefault((e.get("cat"), str(e.get("id"))), set()).add(e["ph"])
     return first or 0, window, lanes, {k for k, v in ends.items() if len(v) == 2}
 
+# %% ../nbs/57f_trace_copies.ipynb #3c6a3487
 class _Numbers(Names): # of processes and threads: as they are where they fit
     def small(self, v): return v if isinstance(v, int) and 0 <= v < 1 << 20 else (1 << 20) + self[v]
 
