@@ -39,7 +39,7 @@ def lora(tune, *args, **kw): return dict(case(*args, **kw), tune=tune)
 def test_a_few_grids_in_two_processes(tmp_path):
     "Gradients, then ten steps; and a run that goes on in another grid."
     same(run([lora(ALL, "dense", tp=2, sp=True), lora(dict(ALL, use_dora=True), "llama", tp=2), lora(ALL, "moe", ep=2), lora(dict(ALL, lora_modules_to_save=["embed_tokens"]), "dense", pp=2, tp=1),
-              lora(ALL, "mla", zero=2), *(lora(dict(SOME, loraplus_lr_ratio=4.), "dense", kind="curve", steps=10, **kw) for kw in (dict(tp=2), dict(), dict(pp=2))),
+              lora(ALL, "mla", zero=2), lora(ALL, "dense", packed="ragged", tp=2, sp=True), lora(ALL, "dense", packed="ragged", pp=2), *(lora(dict(SOME, loraplus_lr_ratio=4.), "dense", kind="curve", steps=10, **kw) for kw in (dict(tp=2), dict(), dict(pp=2))),
               *(lora(dict(neftune_noise_alpha=9.), "dense", kind="curve", steps=4, **kw) for kw in (dict(tp=2, sp=True), dict(pp=2)))], 2))
 
 
@@ -52,6 +52,7 @@ MATRIX = {
     "parts": [lora(ALL, s, zero=z) for s, z in (("dense", 0), ("moe", 2), ("mla", 3), ("gpt2", 1))] + [lora(ALL, "dense", packed=True, cp=4), lora(ALL, "mla", cp=2, tp=2), lora(ALL, "dense", host=True, zero=2)],
     "again": [lora(ALL, "dense", recompute="full", tp=2, sp=True, zero=3), lora(ALL, "moe", recompute="selective", act=True, ep=2), lora(ALL, "dense", recompute="full", pp=2, swap=True)],
     "curves": [lora(dict(SOME, loraplus_lr_ratio=4.), s, kind="curve", steps=10, **kw) for s, kw in (("dense", dict(tp=2)), ("dense", dict(tp=2, pp=2)), ("llama", dict(zero=3)), ("moe", dict(ep=2, tp=2)), ("dense", dict(off=True, tp=2)))] + [lora(ALL, "mla", kind="curve", steps=10, tp=2)],
+    "ragged": [lora(ALL, "llama", packed="ragged", **kw) for kw in (dict(tp=2, sp=True), dict(pp=2, tp=2), dict(pp=2, vp=1), dict(zero=3), dict(cp=2), dict(cp=2, algo="megatron_cp_algo"))] + [case("mla", packed="ragged", ep=2, tp=2), case("bloom", packed="ragged", tp=2), case("dense", packed="ragged", pp=4)],
     "16 bits": [lora(ALL, s, kind="curve", steps=5, dtype=d, **kw) for d in ("bf16", "fp16") for s, kw in (("dense", dict(tp=2, pp=2, sp=True)), ("mla", dict(zero=3)))],
 }
 
