@@ -150,6 +150,7 @@ class Stored(NamedTuple):
     long: dict # name of a parameter -> the lengths of its rows that DoRA learned
     whole: dict # name of a parameter -> what takes its place
 
+# %% ../nbs/34c_adapter_files.ipynb #6679b43f
 def _in_ranks(folder): return not (folder / "adapter_config.json").is_file() and any(any(folder.glob(f"{way}mp_rank_*/{FILE}")) for way in ("", "*/"))
 
 def _of_ranks(model, folder, spec, r, alpha): # a Megatron checkpoint -> Stored
