@@ -12,7 +12,7 @@ from .config import SampleConfig
 from .core import UserError, messages
 from .decoder import Fast
 from .families import max_length
-from .reading import Memory, common, pieces
+from .reading import Memory, common, last_hidden, pieces
 from .sampling import Chooser, check
 
 # %% ../nbs/49e_batches.ipynb #268b7699
@@ -112,7 +112,7 @@ def _step(self: Batch) -> list: # of Made
     h = [*self.model.step([(r.memory.ids[-1], r.memory.kv) for _, r in ready])] if ready else []
     for key, r in self.rows.items(): # the oldest prompt that is not read
         if not r.new: continue
-        x = self.model.hidden(torch.tensor([r.new.pop(0)], device=r.memory.kv.kv[0][0].device), cache=r.memory.kv)
+        x = last_hidden(self.model, r.new.pop(0), r.memory.kv)
         if not r.new: ready.append((key, r)); h.append(x[0, -1])
         break
     if not ready: return []

@@ -21,9 +21,11 @@ class EvalConfig:
     output: str | None = None # result JSON; samples_TASK.jsonl is written beside it, and a run that was killed goes on from there. None: only shown
     num_fewshot: int | None = knob(None, low=0) # examples before each question; none: the task's own number (mmlu 5, boolq 0)
     limit: int = knob(0, low=0) # questions per subject; 0: all
-    batch_size: int = knob(8, low=1) # prompts in one forward pass
+    batch_size: int = knob(8, low=1) # prompts in one forward pass, or answers that grow side by side
     max_new_tokens: int | None = knob(None, low=1) # of a written answer; none: the task's own number
-    chat: bool = knob(False) # put each prompt into the tokenizer's chat template as a user's turn
+    truncate: bool = knob(False) # cut prompts that are too long from the left, as lm-eval does; otherwise they are an error
+    chat: bool | None = knob(None) # put each prompt into the tokenizer's chat template as a user's turn; none: as the protocol has it, modellink where there is a template, lm-eval never
+    prompt_type: str | None = knob(None, advanced=True) # this chat template instead of the tokenizer's own, by ModelLink's name; worked examples become turns of the chat
     defects: list[str] = knob([], advanced=True) # ModelLink's known mistakes to repeat, by name; all: those of the task. For comparing with numbers that were made by them
     needle_length: int = knob(0, low=0, advanced=True) # needlebench: tokens of a haystack; 0: the model's length, at most 4096
     tensor_model_parallel_size: int = knob(1, low=1, advanced=True) # tp: each matrix is cut over this many processes
