@@ -25,6 +25,7 @@ from .many_devices import Spread, crowd, meet, open_model, tokenizer_folder
 from .model import Decoder
 from .prompt_types import get_prompt_type, load_prompt_types
 from .reading import Draft, Lookup, Memory, next_ids
+from .rules import rules_for
 from .sampling import Chooser, check
 from .templates import encode_prompt, prompt_name
 from .tokenizers import Tokenizer, load_tokenizer
@@ -147,7 +148,8 @@ class Stream:
         self.ids, self.text, self.stopped_by, self.times = [], "", None, []
         self.ends, self.stop = end_ids(model, tokenizer, cfg.stop), StopWords(cfg.stop)
         self.detok = Detokenizer(tokenizer, before)
-        self.chooser = Chooser(cfg, ids, generator, score=cfg.task == "return_output_log_probs")
+        self.rules = rules_for(cfg, tokenizer, self.ends)
+        self.chooser = Chooser(cfg, ids, generator, score=cfg.task == "return_output_log_probs", rules=self.rules)
         self.source = next_ids(model, ids, cfg, self.room, memory or Memory(model), guess=guess, chooser=self.chooser)
         self.pieces = self._pieces()
 
@@ -164,6 +166,7 @@ class Stream:
             if t in self.ends: self.stopped_by = "eos"; break
             if piece := self._show(self.stop.add(self.detok.add(t))): yield piece
             if self.stop.found: self.stopped_by = "stop"; return
+            if self.rules and self.rules.done: self.stopped_by = "stop"; break
         else: self.stopped_by = self.limit
         piece = self.stop.add(self.detok.end(whole=True))
         if self.stop.found: self.stopped_by = "stop"
@@ -308,7 +311,7 @@ def several(
     if cfg.task.startswith("beam"): return [out(b.ids, b.why, score=b.score) for b in search(model, ids, cfg, ends)]
     n = cfg.num_return_sequences
     batch = Batch(model, slots=n)
-    rows = {batch.add(ids, replace(cfg, seed=cfg.seed + i), ends=ends): ([], []) for i in range(n)}
+    rows = {batch.add(ids, replace(cfg, seed=cfg.seed + i), ends=ends, rules=rules_for(cfg, tokenizer, ends)): ([], []) for i in range(n)}
     while batch.rows:
         for m in batch.step():
             rows[m.key][0].append(m.id); rows[m.key][1].append(m)
