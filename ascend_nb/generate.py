@@ -221,10 +221,18 @@ messages(
     no_tokenizer=("Found a Megatron checkpoint at {path}, which has no tokenizer; expected --tokenizer FOLDER with the original model's tokenizer and config.json. Pass it.",
                   "{path} 是 Megatron 检查点，不含分词器；请用 --tokenizer 目录 指定原模型的分词器与 config.json。"),
     draft_alone=("Found a draft model for a model in several processes; expected one process, or --draft lookup. Change it.", "模型分布在多个进程中时不能使用草稿模型；请使用单进程或 --draft lookup。"),
+    tokenizer_other=("Found a tokenizer with {found} entries in {path} for a model with {size} rows in its embedding; expected the model's own. Pass it with --tokenizer, or put its files into the model's folder.",
+                     "{path} 的分词器有 {found} 个词条，而模型词表只有 {size} 行；应使用模型自己的分词器。请用 --tokenizer 指定，或将其文件放入模型目录。"),
+    tokenizer_small=("the tokenizer has {found} entries, the model {size} rows: is it the model's own?", "分词器有 {found} 个词条，而模型有 {size} 行：是该模型的分词器吗？"),
     whole_only=("Found int8 weights for a model in several processes; expected one process. Leave --weights or the parallel sizes as they are.", "int8 权重仅支持单进程。请去掉 --weights 或并行规模参数。"),
 )
 
 def _megatron(path): return not (Path(path) / "config.json").is_file() and Path(path).is_dir() and SOURCES["mg"][0](Path(path))
+
+def _belongs(tokenizer, model): # entries that were added later may have no row: they are seldom used, and told then
+    found, size = tokenizer.rust.get_vocab_size(with_added_tokens=False), model.cfg.vocab_size
+    if found > size: raise UserError("tokenizer_other", found=f"{found:,}", path=tokenizer.path, size=f"{size:,}")
+    if 2 * tokenizer.vocab_size < size: say(phrase("tokenizer_small", found=f"{tokenizer.vocab_size:,}", size=f"{size:,}"))
 
 def load(
     cfg, # GenerateConfig, ChatConfig or another with a model folder, device and dtype
@@ -239,6 +247,7 @@ def load(
     if mesh and how("weights", "full") != "full": raise UserError("whole_only")
     if mg: model = as_model(open_source(ModelLinkConvertConfig(load_dir=cfg.model, hf_config=cfg.tokenizer))).to(device, dtype)
     else: model = open_model(cfg.model, device, dtype, mesh, adapters := how("lora_load", ()))
+    _belongs(tokenizer, model)
     return (model if mesh or (not mg and adapters) else Fast(model, how("weights", "full"), how("kv_cache", "full"), how("compiled", True))), tokenizer
 
 def guesser(
