@@ -715,6 +715,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'ascend_nb.engine': { 'ascend_nb.engine.Engine': ('engine.html#engine', 'ascend_nb/engine.py'),
                                   'ascend_nb.engine.Engine.__init__': ('engine.html#engine.__init__', 'ascend_nb/engine.py'),
                                   'ascend_nb.engine.Engine._prepare': ('engine.html#engine._prepare', 'ascend_nb/engine.py'),
+                                  'ascend_nb.engine.Engine.find_pieces': ('engine.html#engine.find_pieces', 'ascend_nb/engine.py'),
                                   'ascend_nb.engine.Engine.now': ('engine.html#engine.now', 'ascend_nb/engine.py'),
                                   'ascend_nb.engine.Engine.tell': ('engine.html#engine.tell', 'ascend_nb/engine.py'),
                                   'ascend_nb.engine._forward': ('engine.html#_forward', 'ascend_nb/engine.py'),
