@@ -251,6 +251,7 @@ class DryRun:
 
     def to_dict(self) -> dict: return {k: v for k, v in vars(self).items() if k not in ("track", "when")} | dict(peak=self.peak, activations=self.activations) # plain values, for --json
 
+# %% ../nbs/55f_dry_run.ipynb #6ce59528
 messages(
     dry_head=("rank {rank} of {world} ({grid}), stage {stage}; GiB", "第 {rank} 号进程，共 {world} 个（{grid}），第 {stage} 阶段；单位 GiB"),
     dry_held=("weights {weights}, optimizer {optimizer}, gradients {gradients}", "权重 {weights}，优化器 {optimizer}，梯度 {gradients}"),
