@@ -226,7 +226,7 @@ def _compute(self: Loop,
 ) -> list: # each micro-batch's sum of losses, 0-d tensors
     "Forward and backward over the micro-batches."
     for batch in now.batches:
-        total, _ = self.loss_fn(self.model, batch.to(self.device))
+        total, _ = self.loss_fn(self.model, batch.joined().to(self.device))
         self.weights.scaler.scale(total / now.targets).backward()
         now.sums.append(total.detach())
     return now.sums
@@ -299,7 +299,7 @@ def _read_batches(self: Trainer) -> Step:
     t0, start = time.perf_counter(), dict(self.loader.state_dict())
     batches = [next(self.loader) for _ in range(self.accumulation)]
     return Step(self.step + 1, start, batches, time.perf_counter() - t0,
-                sum(b.input_ids.numel() for b in batches), sum(b.num_targets for b in batches))
+                sum(b.positions for b in batches), sum(b.num_targets for b in batches))
 
 def _read(self: Trainer) -> list: # the steps since the last row
     "Turn the loss and gradient norm of those steps into floats, in one transfer."
@@ -336,7 +336,7 @@ def _evaluate(self: Trainer) -> float: # mean loss over the trained tokens
     total, n = torch.zeros((), device=self.device), 0
     for _ in range(self.cfg.eval_iters):
         batch = next(self.valid_loader)
-        total, n = total + self.loss_fn(self.model, batch.to(self.device))[0], n + batch.num_targets
+        total, n = total + self.loss_fn(self.model, batch.joined().to(self.device))[0], n + batch.num_targets
     self.model.train()
     if not n: raise UserError("no_valid")
     return float(total) / n

@@ -103,7 +103,7 @@ def _flat(cfg: RunConfig) -> dict:
     flat = {f"{s}.{k}": v for s, part in to_dict(cfg).items() for k, v in part.items()}
     world, size = rank_info().world_size, cfg.parallel.model_size
     dp = max(1, world // size) # a run of a larger grid is read here too
-    kept = {k: v for k, v in flat.items() if k not in FREE and not k.startswith("guard.") and (not k.startswith("parallel.") or k.startswith("parallel.moe_"))} # any grid goes on with any run
+    kept = {k: v for k, v in flat.items() if k not in FREE and not k.startswith(("guard.", "profiling.")) and (not k.startswith("parallel.") or k.startswith("parallel.moe_"))} # any grid goes on with any run
     return kept | {"samples in a step": cfg.train.global_batch_size or cfg.train.micro_batch_size * dp}
 
 def changed(
