@@ -247,9 +247,10 @@ def zero_rule(
     f: Flags, # of the command line
     d: Draft # is filled in
 ) -> None:
-    "Without --use-distributed-optimizer every data parallel device holds all of the optimizer."
+    "Without --use-distributed-optimizer every data parallel device holds all of the optimizer; with --enable-high-availability two hold each part of it, unless told otherwise."
     if not f.any("zero-stage use-torch-fsdp2") and (f.full or "use-distributed-optimizer" in f):
         d.set("parallel.zero_stage", int("use-distributed-optimizer" in f), f.any("use-distributed-optimizer"))
+    if twice := f.any("enable-high-availability"): d.set("guard.replicate_optimizer", "distributed-optimizer-no-replica" not in f, twice, f.any("distributed-optimizer-no-replica"))
     if "recompute-granularity" in f and f.text("recompute-granularity") == "selective" or "recompute-activations" in f: d.values.pop("parallel.recompute_method", None)
 
 # %% ../nbs/44b_script_rules.ipynb #1bd7f04d

@@ -11,6 +11,7 @@ import sys
 import pytest
 import yaml
 from conftest import ROOT
+from here import ascend
 
 from ascend_nb import config
 from ascend_nb.core import UserError
@@ -22,7 +23,6 @@ from ascend_nb.scripts import config_of, draft_of, grid_notes, import_text, trai
 SAMPLE = ROOT / "data_samples" / "pretrain_tales_ptd.sh"
 
 
-def ascend(*args, **kw): return subprocess.run([sys.executable, "-m", "ascend_nb.cli", *map(str, args)], capture_output=True, text=True, **kw)
 
 
 # Each piece of bash is also run by bash itself, with programs that print their arguments.
@@ -116,7 +116,7 @@ def test_broken_scripts_are_told_and_never_hang(end):
 def test_every_row_is_sound():
     data, names = flag_file(), {".".join((*k.path, k.name)) for k in knobs(config.RunConfig)}
     listed = [*data["same"].split(), *data["becomes"], *(f for kind in KINDS[2:] for g in data[kind] for f in g["flags"].split())]
-    listed += [a[2:].partition("=")[0] for k in knobs(config.RunConfig) for a in k.flags if a[2:].partition("=")[0] != "use-distributed-optimizer"] # aliases need no line
+    listed += [a[2:].partition("=")[0] for k in knobs(config.RunConfig) for a in k.flags if a[2:].partition("=")[0] not in ("use-distributed-optimizer", "enable-high-availability")] # aliases need no line, but for two that a rule looks at
     twice = {f for f in listed if listed.count(f) > 1}
     assert not twice, f"in two places: {twice}"
     for row in flag_table().values():
@@ -211,6 +211,18 @@ def test_flags_on_the_command_line_are_the_script():
 def test_our_own_flags_stay_as_they_are():
     argv = ["--num-hidden-layers", "4", "--lr", "1e-3", "--tensor-model-parallel-size", "2", "--use-distributed-optimizer", "--bf16", "--typo"]
     assert train_words(argv) == argv
+
+
+@pytest.mark.parametrize(("flags", "twice", "retries"), [
+    ("--enable-high-availability", True, 0), ("--distributed-optimizer-no-replica --enable-high-availability", False, 0), ("--distributed-optimizer-no-replica", False, 0),
+    ("--enable-high-availability --enable-optimizer-state-local-copy --enable-hbmfault-repair --enable-worker-reboot --enable-elastic-training", True, 3)])
+def test_high_availability(flags, twice, retries, capfd):
+    "MindSpeed-LLM's switches: what lives twice, what is done again; what torchrun does is told."
+    for more in ("", " --use-distributed-optimizer"):
+        guard = parse_args(config.RunConfig, train_words(f"--data-path x {flags}{more}".split())).guard
+        assert (guard.replicate_optimizer, guard.step_retries, guard.step_copy) == (twice, retries, True)
+    assert ("--enable-worker-reboot --enable-elastic-training" in capfd.readouterr().err) == ("reboot" in flags)
+    assert "--max-restarts" in find_row("enable-worker-reboot").note and "--nnodes MIN:MAX" in find_row("enable-elastic-training").note
 
 
 @pytest.mark.parametrize("text,words", [

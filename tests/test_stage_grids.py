@@ -57,7 +57,7 @@ def both(config, n, tmp_path, stage="dpo", tune=None, model=MODEL, dtype="fp32",
     return one, many, out
 
 
-@pytest.mark.parametrize(("stage", "tune", "grid"), [("dpo", dict(dpo_beta=.5, pref_ftx=.2), dict(tp=2, sp=True)), ("dpo", dict(dpo_beta=.5), dict(pp=2)), ("rm", None, dict(zero=3))], ids=["tp", "pp", "rm"])
+@pytest.mark.parametrize(("stage", "tune", "grid"), [("dpo", dict(dpo_beta=.5, pref_ftx=.2), dict(tp=2, sp=True)), pytest.param("dpo", dict(dpo_beta=.5), dict(pp=2), marks=pytest.mark.slow), ("rm", None, dict(zero=3))], ids=["tp", "pp", "rm"])
 def test_two_processes_do_what_one_does(config, tmp_path, stage, tune, grid):  # noqa: F811
     one, many, out = both(config, 2, tmp_path, stage, tune, **grid)
     (a, b) = (load_file(next(RunDir(c.train.save).hf_path.glob("*.safetensors"))) for c in (one, many))

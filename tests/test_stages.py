@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from here import ascend
 from safetensors.numpy import load_file
 from test_training import StopAt, contents, equal, finish, start
 
@@ -21,6 +22,7 @@ from ascend_nb.model import Decoder
 from ascend_nb.preference import METRICS
 from ascend_nb.reference import read_reference
 from ascend_nb.reward import WITHOUT, check_reward
+from ascend_nb.schema import dump_yaml
 from ascend_nb.tuning import TuneConfig
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
@@ -370,8 +372,9 @@ def test_the_command_line_exits_with_2_and_names_idle_knobs(config, tmp_path):
     code, out, err = finish(start(config(train_iters=1, tune=dict(gamma_beta_ratio=.5)), tmp_path / "c.yaml"))
     assert code == 0 and out["accuracy"] is not None and "note      gamma_beta_ratio has no effect with stage=dpo" in err and "Reference" in err, err
     assert "pairs of answers of at most 128 tokens" in err
-    code, out, err = finish(start(config("bad", data=dict(packing=True)), tmp_path / "c.yaml"))
-    assert code == 2 and out is None and len(err.strip().splitlines()) == 1 and not (tmp_path / "bad").exists()
+    (tmp_path / "c.yaml").write_text(dump_yaml(config("bad", data=dict(packing=True))))
+    bad = ascend("train", "--config", tmp_path / "c.yaml", "--json")
+    assert bad.returncode == 2 and len(bad.stderr.strip().splitlines()) == 1 and not bad.stdout and not (tmp_path / "bad").exists()
 
 
 def test_a_step_that_is_not_finite_names_its_pair(config):
