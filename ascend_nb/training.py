@@ -40,11 +40,13 @@ from .tuning import DATA_OF
 from .watchers import watchers
 
 # %% ../nbs/43_training.ipynb #e35baefa
-def _by_itself(m: ModelConfig, key: str) -> bool: # was it derived? A YAML file holds what was derived when it was written
+def _by_itself(m: ModelConfig, key: str) -> bool:
+    "Would the key have its value without being asked for? A YAML file holds what was derived when it was written."
     if key not in ModelConfig().reasons(): return False
     try: return getattr(replace(m, **{key: 0}), key) == getattr(m, key)
     except UserError: return False
 
+# %% ../nbs/43_training.ipynb #6353df62
 def _shape(cfg: RunConfig, tokenizer) -> ModelConfig:
     "The model's config: that of `load`, or the section `model` with the tokenizer's vocabulary and special ids."
     m = cfg.model
