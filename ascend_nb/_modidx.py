@@ -3038,6 +3038,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'ascend_nb.trace_files.Spans.__init__': ( 'trace_files.html#spans.__init__',
                                                                                  'ascend_nb/trace_files.py'),
                                        'ascend_nb.trace_files._kinds': ('trace_files.html#_kinds', 'ascend_nb/trace_files.py'),
+                                       'ascend_nb.trace_files._memory': ('trace_files.html#_memory', 'ascend_nb/trace_files.py'),
                                        'ascend_nb.trace_files._open': ('trace_files.html#_open', 'ascend_nb/trace_files.py'),
                                        'ascend_nb.trace_files._steps': ('trace_files.html#_steps', 'ascend_nb/trace_files.py'),
                                        'ascend_nb.trace_files.covered': ('trace_files.html#covered', 'ascend_nb/trace_files.py'),
