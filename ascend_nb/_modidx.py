@@ -3101,6 +3101,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'ascend_nb.trainer.lr_at': ('trainer.html#lr_at', 'ascend_nb/trainer.py'),
                                    'ascend_nb.trainer.make_optimizer': ('trainer.html#make_optimizer', 'ascend_nb/trainer.py')},
             'ascend_nb.training': { 'ascend_nb.training.Job': ('training.html#job', 'ascend_nb/training.py'),
+                                    'ascend_nb.training._by_itself': ('training.html#_by_itself', 'ascend_nb/training.py'),
                                     'ascend_nb.training._export_adapter': ('training.html#_export_adapter', 'ascend_nb/training.py'),
                                     'ascend_nb.training._fit': ('training.html#_fit', 'ascend_nb/training.py'),
                                     'ascend_nb.training._flat': ('training.html#_flat', 'ascend_nb/training.py'),
