@@ -107,8 +107,9 @@ def _ready(self: Engine,
     batches: list, # of Batch on the host, of a data parallel process
     device # where to
 ) -> list: # of Batch: this process's tokens
-    "Pad to one width for a pipeline, deal tokens, move."
+    "Leave padding out, pad to one width for a pipeline, deal tokens, move."
     s = self.mesh.sizes
+    batches = [b.joined() for b in batches]
     if s.world == 1: return [b.to(device) for b in batches]
     if s.pp > 1: batches = same_width(batches)
     return [cut_batch(b, self.mesh).to(device) for b in batches]

@@ -10,7 +10,7 @@ import torch
 from conftest import ROOT
 from test_generate import FAMILIES, one_thread, our_ids, pair, their_ids  # noqa: F401
 
-from ascend_nb import native
+from ascend_nb import native, pages
 from ascend_nb.config import ModelConfig, SampleConfig
 from ascend_nb.core import UserError
 from ascend_nb.decoder import Fast, SmallCache, shrink, squeeze, widen
@@ -51,6 +51,34 @@ def test_the_program_says_what_the_model_says(shape):
     got = [twin(ids[:, a:b], cache=cache)[0] for a, b in zip(cuts, cuts[1:], strict=False)]
     torch.testing.assert_close(torch.cat(got), torch.cat(want), rtol=1e-3, atol=1e-3)
     assert cache.length == one.length == 60 and torch.cat(want).std() > .05
+
+
+@pytest.mark.skipif(not pages.library()[0], reason="no AVX-512, or no C compiler")
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.inference_mode()
+def test_a_page_says_what_the_model_says(shape):
+    model = new(shape)
+    twin, ids = Fast(model), torch.randint(0, 128, (2, 230), generator=torch.Generator().manual_seed(4))
+    caches = KVCache(model.cfg, 2, 240), twin.new_cache(2, 240), twin.new_cache(2, 240)
+    cuts = [0, 230] if shape == "dynamic" else [0, 40, 73, 230]
+    want = torch.cat([model.hidden(ids[:, a:b], cache=caches[0]) for a, b in zip(cuts, cuts[1:], strict=False)], 1)
+    got = torch.cat([twin.hidden(ids[:, a:b], cache=caches[1]) for a, b in zip(cuts, cuts[1:], strict=False)], 1)
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+    for one, other in zip(caches[0].kv, caches[1].kv, strict=True):
+        for a, b in zip(one, other, strict=True): torch.testing.assert_close(a[:, :, :230], b[:, :, :230], rtol=1e-3, atol=1e-3)
+    for a, b in zip(cuts, cuts[1:], strict=False): end = twin.hidden(ids[:, a:b], cache=caches[2], last=True)
+    assert end.shape == (2, 1, 72) and end[:, 0].equal(got[:, -1]) and want.std() > .05
+
+
+@pytest.mark.skipif(not pages.library()[0], reason="no AVX-512, or no C compiler")
+@torch.inference_mode()
+def test_a_page_is_the_same_on_any_number_of_threads(monkeypatch):
+    twin, ids = Fast(new("llama")), torch.randint(0, 128, (1, 200), generator=torch.Generator().manual_seed(4))
+    out = []
+    for n in (1, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda n=n: n)
+        out.append(twin.hidden(ids, cache=twin.new_cache(1, 200)))
+    assert out[0].equal(out[1])
 
 
 @needs_cc
