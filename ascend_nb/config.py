@@ -15,6 +15,7 @@ from .schema import dump_yaml, from_dict, knob, parse_args, to_args, to_dict
 from .guarding import GuardConfig
 from .measuring import CompareConfig, EvalConfig # noqa: F401
 from .planning import PlanConfig # noqa: F401
+from .profiling import PlotLogConfig, ProfileConfig, ProfilingConfig # noqa: F401
 from .serving import ServeConfig # noqa: F401
 from .shapes import ModelConfig, ShapeConfig
 from .speaking import ChatConfig, GenerateConfig, SampleConfig # noqa: F401
@@ -213,6 +214,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     tune: TuneConfig = field(default_factory=TuneConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
+    profiling: ProfilingConfig = field(default_factory=ProfilingConfig)
 
 # %% ../nbs/03_config.ipynb #23a940a4
 @dataclass

@@ -25,14 +25,19 @@ def torchrun(
     master: str = "", # host:port of the first one; one host needs none
     max_restarts: int = 0 # times that all processes are started again after one has failed; each begins with the newest whole step
 ) -> list: # the words before those of the program
-    "How processes are started. Raises UserError for several hosts without a place to meet."
-    if nnodes > 1 and not master.partition(":")[2].isdigit(): raise UserError("job_master", nnodes=nnodes, got=master)
-    host, _, port = master.partition(":")
+    "How processes are started. Raises UserError for numbers that cannot be, and for several hosts without a place to meet."
+    for what, got, low, high in (("nproc", nproc, 1, None), ("nnodes", nnodes, 1, None), ("node_rank", node_rank, 0, nnodes - 1), ("max_restarts", max_restarts, 0, None)):
+        if got < low or high is not None and got > high: raise UserError("job_number", what=what, got=got, want=f"{low} or more" if high is None else f"{low} to {high}")
+    host, _, port = master.rpartition(":")
+    if nnodes > 1 and not (host and port.isdecimal() and 0 < int(port) < 2**16): raise UserError("job_master", nnodes=nnodes, got=master)
     meet = ["--node-rank", node_rank, "--master-addr", host, "--master-port", port] if nnodes > 1 else ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
     return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(nproc), "--nnodes", str(nnodes), *map(str, meet), "--max-restarts", str(max_restarts)]
 
-messages(job_master=("Found {nnodes} hosts and master={got!r}; expected HOST:PORT of the first one, e.g. master=\"10.0.0.1:29500\".",
-                     "有 {nnodes} 台主机，而 master={got!r}；应为第一台主机的 HOST:PORT，例如 master=\"10.0.0.1:29500\"。"))
+messages(
+    job_number=("Found {what}={got}; expected {want}. Change it.", "{what}={got}；应为 {want}。请修改。"),
+    job_master=("Found {nnodes} hosts and master={got!r}; expected HOST:PORT of the first one, e.g. master=\"10.0.0.1:29500\".",
+                     "有 {nnodes} 台主机，而 master={got!r}；应为第一台主机的 HOST:PORT，例如 master=\"10.0.0.1:29500\"。"),
+)
 
 # %% ../nbs/45a_jobs.ipynb #8aed805c
 def busy_cards(
@@ -68,7 +73,7 @@ def _refuse(cfg, folder, nproc, nnodes, node_rank, master, cards):
         raise UserError("job_live", path=run.path, state=state, pid=who["pid"], host=who["host"])
     with run.lock(): pass
     cfg.parallel.data_parallel_size(nproc * nnodes)
-    if nnodes > 1 and node_rank == 0 and (who := port_holder(int(master.partition(":")[2]))): raise UserError("job_port", port=master.partition(":")[2], who=who)
+    if nnodes > 1 and node_rank == 0 and (who := port_holder(int(master.rpartition(":")[2]))): raise UserError("job_port", port=master.rpartition(":")[2], who=who)
     on = busy_cards(cards or (visible_cards(nproc) if cfg.train.device.startswith(("npu", "auto")) else ()))
     if on: raise UserError("job_card", cards=", ".join(sorted({str(c) for c, *_ in on})), who="; ".join(f"{c}: {name} (process {pid}, {mb} MB)" for c, pid, name, mb in on))
 
@@ -76,6 +81,7 @@ messages(
     job_live=("Found a job that is {state} in {path} (process {pid} on {host}); expected a run folder that nobody uses. Attach to it, stop it, or choose another --save.",
               "{path} 中已有任务，状态为 {state}（主机 {host}，进程 {pid}）；运行目录应未被占用。请附加到该任务、停止它，或用 --save 指定其他目录。"),
     job_port=("Port {port} is held by {who}; expected a free one. Choose another port for master.", "端口 {port} 被 {who} 占用；请为 master 选择其他端口。"),
+    job_cards_few=("Found {nproc} processes for the cards {cards}; expected a card for each process. Name more cards, or lower nproc.", "{nproc} 个进程，而 NPU 为 {cards}；每个进程需要一张卡。请增加卡或减小 nproc。"),
     job_card=("Cards {cards} are in use ({who}); expected free ones. Wait, or name others with cards=[…].", "NPU {cards} 正在使用（{who}）。请等待，或用 cards=[…] 指定其他卡。"),
 )
 
@@ -164,12 +170,13 @@ def launch(
     "Start a training that outlives this process. Raises UserError where a run folder, a port or a card is in use."
     run = RunDir(cfg.train.save)
     folder = run.path / "job"
+    start = dict(nproc=nproc, nnodes=nnodes, node_rank=node_rank, master=master, max_restarts=max_restarts)
+    words = [*torchrun(**start), "-m", "ascend_nb.cli", "train", "--config", str((folder / "run.yaml").resolve())]
+    if cards and len({*cards}) < nproc: raise UserError("job_cards_few", nproc=nproc, cards=", ".join(map(str, cards)))
     with _alone(run):
         _refuse(cfg, folder, nproc, nnodes, node_rank, master, [*cards])
         folder.mkdir(parents=True, exist_ok=True)
         save_yaml(cfg, folder / "run.yaml")
-        start = dict(nproc=nproc, nnodes=nnodes, node_rank=node_rank, master=master, max_restarts=max_restarts)
-        words = [*torchrun(**start), "-m", "ascend_nb.cli", "train", "--config", str((folder / "run.yaml").resolve())]
         more = {"ASCEND_NB_JOB": str(folder.resolve()), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // nproc))}
         if cards: more["ASCEND_RT_VISIBLE_DEVICES"] = ",".join(map(str, cards))
         write_json(folder / JOB, dict(command=words, steps=cfg.train.train_iters, env={**more, **(env or {})}, cwd=os.getcwd(), start={**start, "cards": [*cards]}))

@@ -167,14 +167,15 @@ class Loop:
     "The training loop; `Trainer` adds what it stands on."
     def fit(self) -> "Loop": # itself
         "Train until `train_iters` steps are done or a callback calls `stop`."
+        begun = []
         try:
             self.model.train()
-            self.call("before_fit")
+            for c in self.callbacks: getattr(c, "before_fit", lambda t: None)(self); begun.append(c)
             while self.step < self.cfg.train_iters and not self.stopped: self.one_step()
             if self.window: self.log() # a stop came between two rows
             self.call("after_fit")
         except BaseException as e:
-            self.call("on_error", e)
+            for c in begun: getattr(c, "on_error", lambda *a: None)(self, e) # one that has not begun has nothing to end
             raise
         return self
 

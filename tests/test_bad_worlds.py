@@ -152,7 +152,10 @@ def test_a_host_that_does_not_see_the_run_folder(text, tmp_path, samples):
     "A folder of the same name on another disk: told before the first step, not at the first save."
     program = odd_rank(tmp_path, f"if os.environ['RANK'] == '1': os.makedirs({str(tmp_path / 'elsewhere')!r}); os.chdir({str(tmp_path / 'elsewhere')!r})")
     flags = [x if x != tmp_path / "run" else "run" for x in train(text, tmp_path, samples)]
-    World(tmp_path, program, [*flags, "--no-shared-storage"]).told_once(r"The hosts \S+ do not see run; expected a folder that all hosts share.*--no-shared-storage is about the caches of data alone")
+    w = World(tmp_path, program, [*flags, "--no-shared-storage"])
+    lines = [line for said in w.said for line in said.splitlines() if line.startswith("ascend_nb: ")]
+    assert len(lines) == 1 and re.search(r"The hosts \S+ do not see run; expected a folder that all hosts share.*--no-shared-storage is about the caches of data alone", lines[0]), w.said
+    assert "Traceback" not in "".join(w.said) and w.codes == {0: 2, 1: 2} and not w.orphans, (w.said, w.torchrun)
     assert not list((tmp_path / "run").glob("step_*")) and not list((tmp_path / "run").glob(".seen*"))
 
 

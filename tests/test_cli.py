@@ -48,7 +48,7 @@ def test_a_group_lists_its_commands(args):
     assert "train" not in out.stdout.split("\n\n")[1]
 
 
-COMMAND_NAMES = ["quickstart", "doctor", "fetch", "preprocess", "data sniff", "data show", "data report", "plan", "train",
+COMMAND_NAMES = ["quickstart", "doctor", "fetch", "preprocess", "data sniff", "data show", "data report", "plan", "profile", "plot-log", "train",
                  "jobs launch", "jobs list", "jobs show", "jobs wait", "jobs stop", "jobs resume", "import-script", "convert", "generate", "chat", "serve", "evaluate", "compare"]
 
 

@@ -32,10 +32,10 @@ def test_wilson_and_mcnemar_are_scipys():
         ci = binomtest(k, n).proportion_ci(method="wilson")
         assert wilson(k, n) == pytest.approx((ci.low, ci.high), abs=1e-6)
     rng = random.Random(3)
-    for n in (10, 60, 400, 3000):
+    for n in (10, 60, 400, 3000, 40000):
         a, b = ([int(rng.random() < p) for _ in range(n)] for p in (.4, .5))
         only_a, only_b, p = mcnemar(a, b)
-        assert only_a == sum(x and not y for x, y in zip(a, b, strict=True)) and p == pytest.approx(binomtest(only_b, only_a + only_b).pvalue, rel=0.1 if n > 2000 else 1e-9)
+        assert only_a == sum(x and not y for x, y in zip(a, b, strict=True)) and p == pytest.approx(binomtest(only_b, only_a + only_b).pvalue, rel=1e-9)
     assert mcnemar([1, 0], [1, 0]) == (0, 0, 1.0)
 
 
@@ -213,6 +213,30 @@ def test_worked_examples_become_turns(room, tmp_path):
     want = f"Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n### Instruction:\n{head}{shot}\n\n### Response:\n{AWKWARD[-1][5]}\n\n### Instruction:\n{ask}\n\n### Response:\n" # as Alpaca publishes its form
     assert tok.decode(context(tok, item, dict(prompt_type="alpaca")), skip_special=True) == want
     assert "".join([item.turns[0], " ", item.turns[1], "\n\n", item.turns[2]]) == item.prompt
+
+
+def test_megatron_checkpoints_and_adapters_are_asked_too(room, tmp_path):
+    "A checkpoint for two ranks scores as the model it came from; an adapter of peft's as the model that peft merged it into."
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    assert main("convert", room / "base", tmp_path / "mg", "--to", "mcore", "--tp", 2) == 0
+    torch.manual_seed(0)
+    peft = get_peft_model(AutoModelForCausalLM.from_pretrained(room / "base", dtype=torch.float32), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    peft.save_pretrained(tmp_path / "lora")
+    peft.merge_and_unload().save_pretrained(tmp_path / "merged")
+    save_bpe(tmp_path / "merged", bos=True)
+
+    def scores(name, *args):
+        assert main("evaluate", "--data-path", room / "eval", "--task", "boolq", "--device", "cpu", "--output", tmp_path / f"{name}/r.json", *args) == 0
+        return [json.loads(x)["logprobs"] for x in (tmp_path / f"{name}/samples_boolq.jsonl").read_text().splitlines()]
+
+    base = scores("a", "--model", room / "base")
+    assert scores("b", "--model", tmp_path / "mg", "--tokenizer-name-or-path", room / "base") == [pytest.approx(x, abs=1e-4) for x in base]
+    tuned = scores("c", "--model", room / "base", "--lora-load", tmp_path / "lora")
+    assert tuned == [pytest.approx(x, abs=1e-4) for x in scores("d", "--model", tmp_path / "merged")] and tuned[0] != pytest.approx(base[0], abs=1e-2)
+    assert main("evaluate", "--data-path", room / "eval", "--task", "boolq", "--model", tmp_path / "mg", "--device", "cpu") == 2
 
 
 def test_modellink_asks_in_the_template_and_names_its_defects(asked, capsys, tmp_path):

@@ -161,6 +161,23 @@ def test_a_job_that_hangs_is_ended_by_the_second_stop_even_without_its_keeper(co
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_torchrun_is_killed_and_leaves_nobody_behind(config, nproc):
+    "Its processes notice, keep the last step and end; the next one goes on behind it."
+    cfg = config(f"launcher_{nproc}", 3000)
+    job = jobs.launch(cfg, nproc=nproc)
+    until(lambda: job.steps()[0] > 5)
+    everyone, torchrun = family(job.started["keeper"]), living(job.started["command"])
+    torchrun.kill()
+    _, left = psutil.wait_procs(everyone, 30)
+    assert not left and job.wait(10) == "failed" and "torchrun, which has started this process, is gone" in (job.folder / "log.txt").read_text(), job.tail(60)
+    at = job.steps()[0]
+    again = job.resume(replace(cfg, train=replace(cfg.train, train_iters=at + 3, resume="must")))
+    assert again.wait(90) == "finished" and again.steps()[0] == at + 3, again.tail(60)
+    assert [r["again"] for r in again.run.rows() if r.get("what") == "recovered"] == [0] and sorted(losses(again)) == [*range(1, at + 4)]
+
+
+@pytest.mark.slow
 def test_of_two_launches_at_once_one_is_refused(config, tmp_path):
     cfg = config("twice", 3000)
     save_yaml(cfg, tmp_path / "run.yaml")
@@ -202,6 +219,15 @@ def test_who_is_in_the_way_is_named_and_left_alone(config, tmp_path, monkeypatch
     with pytest.raises(UserError, match=cards): jobs.launch(replace(cfg, train=replace(cfg.train, device="npu")), nproc=1)
     assert holder.poll() is None and not (jobs.RunDir(cfg.train.save).path / "job").exists()
     holder.kill()
+
+
+@pytest.mark.parametrize(("start", "says"), [
+    (dict(nproc=0), "nproc=0; expected 1 or more"), (dict(nnodes=0), "nnodes=0"), (dict(max_restarts=-1), "max_restarts=-1; expected 0 or more"), (dict(nproc=2, cards=[3, 3]), "2 processes for the cards 3, 3"),
+    (dict(nnodes=2), "expected HOST:PORT"), (dict(nnodes=2, master="h:99999"), "expected HOST:PORT"), (dict(nnodes=2, master=":29500"), "expected HOST:PORT"), (dict(nnodes=2, node_rank=2, master="h:29500"), "node_rank=2; expected 0 to 1")])
+def test_a_start_that_cannot_be(config, start, says):
+    cfg = config("cannot", 5)
+    with pytest.raises(UserError, match=says): jobs.launch(cfg, **start)
+    assert not jobs.RunDir(cfg.train.save).path.exists()
 
 
 def test_a_folder_that_a_run_without_a_job_uses(config):
