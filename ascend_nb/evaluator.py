@@ -70,7 +70,7 @@ def score_items(
             def done(n, subject=group[0].subject): bar.update(n, subject)
             pairs = [p for i in group for p in pairs_of(tokenizer, i, chat)]
             scores = iter(loglikelihoods(model, tokenizer, pairs, batch_size, done))
-            sizes = iter([len(k) for _, k in encodepairs_of(tokenizer, pairs)] if "ppl" in metrics else [1] * len(pairs))
+            sizes = iter([len(k) for _, k in encode_pairs(tokenizer, pairs)] if "ppl" in metrics else [1] * len(pairs))
             new = [_sample(i, [next(scores)[0] for _ in i.choices], [next(sizes) for _ in i.choices], metrics, last) for i in group]
             keep(new); samples += new
     return samples

@@ -134,6 +134,46 @@ def test_own_tasks(room, tmp_path):
     assert done.returncode == 2 and "expected a YAML file that describes a task" in done.stderr
 
 
+QUESTION, CODE = dict(question="q {}", answer="It is 1+1=<<1+1=2>>2.\n#### 2"), dict(task_id="x/0", prompt="def f(a):\n", entry_point="f", test="def check(f): assert f(1) == 1\n")
+EVERY = { # task -> files, as the benchmark lays them out
+    "ceval": {f"ceval/{p}/logic_{p}.csv": "id,question,A,B,C,D,answer\n0,q1,1,2,3,4,A\n1,q2,1,2,3,4,D\n" for p in ("val", "dev")},
+    "cmmlu": {f"cmmlu/{p}/arts.csv": ",Question,A,B,C,D,Answer\n0,q1,1,2,3,4,A\n1,q2,1,2,3,4,D\n" for p in ("test", "dev")},
+    "agieval": {"agieval/sat-math.jsonl": "".join(json.dumps(dict(passage=None, question=f"q{i}", options=["(A)1", "(B)2"], label="AB"[i % 2])) + "\n" for i in range(4))},
+    "bbh": {"bbh/word_sorting.json": json.dumps(dict(examples=[dict(input=f"b a {i}", target="a b") for i in range(5)]))},
+    "gsm8k": {"gsm8k/test.jsonl": "".join(json.dumps(QUESTION | dict(question=f"q {i}")) + "\n" for i in range(8))},
+    "human_eval": {"human_eval/human-eval.jsonl": json.dumps(CODE) + "\n"},
+    "hellaswag": {"hellaswag/hellaswag_val.jsonl": json.dumps(dict(activity_label="Home", ctx_a="A man", ctx_b="he", endings=["a b", "c", "d e f", "g"], label=2)) + "\n"},
+    "needlebench": {"needlebench/needles.jsonl": json.dumps(dict(needle="Gold is in Mill Lane.", retrieval_question="Where is it?", arg2="Mill Lane", language="English")) + "\n",
+                    "needlebench/PaulGrahamEssays.jsonl": json.dumps(dict(text="The boat is old. " * 99)) + "\n"}}
+
+
+@pytest.fixture(scope="module")
+def every(room):
+    for files in EVERY.values():
+        for name, text in files.items():
+            (room / "every" / name).parent.mkdir(parents=True, exist_ok=True)
+            (room / "every" / name).write_text(text)
+    for name in ("mmlu", "boolq"): (room / "every" / name).symlink_to(room / "eval" / name)
+    return room / "every"
+
+
+@pytest.mark.parametrize("protocol", ["lm-eval", "modellink"])
+def test_every_task_by_every_protocol_from_the_files_to_the_log(room, every, tmp_path, protocol):
+    from ascend_nb.tasks import TASKS, get_task
+
+    names = [n for n in TASKS if get_task(n, protocol).protocol == protocol]
+    assert main("evaluate", "--model", room / "base", "--data-path", every, "--tasks", ",".join(names), "--protocol", protocol, "--num-fewshot", 0, "--limit", 2, "--max-new-tokens", 4, "--needle-length", 500,
+                "--device", "cpu", "--output", tmp_path / "r.json") == 0
+    saved = json.loads((tmp_path / "r.json").read_text())
+    assert list(saved["protocol"]) == names and set(saved["protocol"].values()) == {protocol} and len(names) >= 9
+    for n in names:
+        lines, task = [json.loads(x) for x in (tmp_path / f"samples_{n}.jsonl").read_text().splitlines()], get_task(n, protocol)
+        assert lines and all({"prompt", "gold", "correct", *(("choices", "logprobs", "prediction") if task.choices else ("output", "extracted"))} <= set(s) for s in lines), n
+        first = next(iter(task.metrics if task.choices else task.marks))
+        row = saved["results"][task.group or n]
+        assert row[first if "," in first else first + ",none"] == pytest.approx(sum(s[first] for s in lines) / len(lines)) and row["sample_len"] == len(lines), n
+
+
 BAD = {("--task", "mmlo"): "Did you mean mmlu?", ("--tasks", "mmlu,ceval"): "for the task ceval", ("--task", "mmlu", "--defects", "x", "--protocol", "modellink"): "which is not known",
        ("--task", "mmlu", "--num-fewshot", "9"): "Found 6 worked examples", ("--protocol", "lmeval"): "Did you mean lm-eval?", ("--task", "bbh"): "expected *.json for the task bbh"}
 
