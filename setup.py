@@ -19,7 +19,7 @@ setup(
     long_description_content_type="text/markdown",
     # data_samples/ stays at the top of the repository and travels inside the wheel as ascend_nb/data_samples
     packages=[*packages, "ascend_nb.data_samples"], package_dir={"ascend_nb.data_samples": "data_samples"},
-    package_data={"ascend_nb": ["py.typed", "*.yaml", "*.json"], "ascend_nb.data_samples": ["*", "*/*", "*/*/*"]},
+    package_data={"ascend_nb": ["py.typed", "*.yaml", "*.json"], "ascend_nb.data_samples": ["*", "*/*", "*/*/*", "*/*/*/*"]},
     include_package_data=False, zip_safe=False,
     install_requires=meta["requirements"].split(), extras_require=extras,
     entry_points={"console_scripts": meta["console_scripts"].split()},

@@ -74,7 +74,7 @@ class Plan:
         return f"{kind} of rank {s.r}, alpha {s.alpha:g}, beside {len(self.ranks)} matrices{''.join(f', {p} itself' for p in self.whole)}: {self.size:,} numbers learn"
 
 def _continued(model, t): # Stored: the adapter of a file, if it is the one that the knobs describe
-    a, asked = open_adapter(model, t.lora_load), to_dict(t, changed=True)
+    a, asked = open_adapter(model, t.lora_load, r=t.lora_r, alpha=t.lora_alpha), to_dict(t, changed=True)
     there = dict(lora_r=a.spec.r, lora_alpha=a.spec.alpha, use_rslora=a.spec.rslora, use_dora=a.spec.dora)
     odd = [f"{k}={v}" for k, v in there.items() if k in asked and asked[k] != v]
     if t.lora_target_modules and {*find_targets(model, spec_of(t, 0).targets)} != {*a.lows}: odd.append(f"lora_target_modules={a.spec.targets}")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from .core import UserError, did_you_mean, messages, one_of
 from .experts import Experts
-from .layers import Linear, linear
+from .layers import Linear, at_rest, linear, linear_beside
 from .megatron_names import EXPERT, LATENT, LAYER
 from .model import Decoder
 from .names import hf_entries
@@ -85,6 +85,7 @@ class Pair(nn.Module):
         "What the changed matrix makes of x."
         wet = self.drop(x)
         if ends is not None: return grouped_linear(x, weight, ends) + self.scale * grouped_linear(grouped_linear(wet, self.A, ends), self.B, ends)
+        if self.magnitude is None and at_rest(weight, bias): return linear_beside(x, weight, bias, self.A, self.B, self.scale, None if wet is x else wet)
         low = linear(linear(wet, self.A), self.B) * self.scale
         if self.magnitude is None: return linear(x, weight, bias) + low
         plain, grow = linear(x, weight), self.magnitude / self.lengths(weight)

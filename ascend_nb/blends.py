@@ -174,11 +174,12 @@ def build_datasets(
 
 # %% ../nbs/13b_blends.ipynb #e86945cb
 def collate_for(
-    data: DataConfig, # pad_to_multiple_of, variable_seq_lengths, seq_length
+    data: DataConfig, # pad_to_multiple_of, variable_seq_lengths, padding_free, seq_length
     stage: str, # pretrain, sft or pair
     pad_id: int # fills ids on the right
 ): # list of samples -> Batch
     "The collate function of a stage."
     if stage == "pretrain": return collate_gpt
-    make = collate_pairs if stage == "pair" else collate_sft
-    return make(pad_id, data.pad_to_multiple_of, None if data.variable_seq_lengths else data.seq_length)
+    width = None if data.variable_seq_lengths else data.seq_length
+    if stage == "pair": return collate_pairs(pad_id, data.pad_to_multiple_of, width)
+    return collate_sft(pad_id, data.pad_to_multiple_of, width, joins=data.variable_seq_lengths and data.padding_free)

@@ -33,6 +33,8 @@ COMMANDS = {
     "data show": Command("inspect_data", "ShowConfig", "a sample as the model sees it, coloured by what is learned", "按是否学习着色显示模型看到的样本", "run_show"),
     "data report": Command("inspect_data", "ReportConfig", "tokens, lengths and packing of what preprocessing wrote", "预处理结果的词元数、长度与打包情况", "run_report"),
     "plan": Command("planner", "PlanConfig", "the best layouts of a model on many devices: memory, time, and the run.yaml for train", "为模型在多设备上选择最佳并行布局：显存、时间，并写出 train 的 run.yaml"),
+    "profile": Command("profile_report", "ProfileConfig", "what a recording of the profiler says: findings, tables, pictures", "解读 profiler 采集结果：结论、表格与图"),
+    "plot-log": Command("training_logs", "PlotLogConfig", "loss and speed from logs, ours and Megatron's; against a baseline", "从日志（本工具与 Megatron 系列）绘制损失与速度，并与基线比较", words="profiling:plot_log_words"),
     "train": Command("training", "RunConfig", "pretrain or fine-tune, from a YAML file or flags", "预训练或全参微调，配置来自 YAML 或命令行", words="scripts:train_words"),
     "jobs launch": Command("job_commands", "LaunchConfig", "start a training that outlives the terminal; takes every flag of train", "启动不随终端结束的训练；接受 train 的全部参数", "run_launch", "scripts:train_words"),
     "jobs list": Command("job_commands", "JobConfig", "all jobs below a folder: state, steps, loss, speed", "列出目录下的全部任务：状态、步数、损失、速度", "run_list"),

@@ -15,6 +15,7 @@ from .schema import dump_yaml, from_dict, knob, parse_args, to_args, to_dict
 from .guarding import GuardConfig
 from .measuring import CompareConfig, EvalConfig # noqa: F401
 from .planning import PlanConfig # noqa: F401
+from .profiling import PlotLogConfig, ProfileConfig, ProfilingConfig # noqa: F401
 from .serving import ServeConfig # noqa: F401
 from .shapes import ModelConfig, ShapeConfig
 from .speaking import ChatConfig, GenerateConfig, SampleConfig # noqa: F401
@@ -82,6 +83,7 @@ class DataConfig(RowsConfig):
     packing: bool = False # stage sft: samples share a sequence; none sees another, and the loss stays the same. Each epoch is packed anew
     pad_to_multiple_of: int = knob(8, low=1, advanced=True) # instruction batches are padded to a multiple of this
     variable_seq_lengths: bool = knob(True, advanced=True) # pad an instruction batch to its longest sample, not to seq_length
+    padding_free: bool = knob(True, advanced=True) # with variable_seq_lengths: a step computes the texts of an instruction batch end to end, without their padding; none sees another, and the loss stays the same
     reset_position_ids: bool = knob(False, advanced=True) # pretraining: positions begin again behind each end-of-text token (files made with append_eod)
     reset_attention_mask: bool = knob(False, advanced=True) # pretraining: documents of a sample do not see each other (files made with append_eod)
     eod_mask_loss: bool = knob(False, advanced=True) # pretraining: nothing is learned at an end-of-text token: the next text cannot be foretold from it
@@ -212,6 +214,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     tune: TuneConfig = field(default_factory=TuneConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
+    profiling: ProfilingConfig = field(default_factory=ProfilingConfig)
 
 # %% ../nbs/03_config.ipynb #23a940a4
 @dataclass

@@ -32,10 +32,13 @@ class Batch:
     position_ids: torch.Tensor | None = None # (B, S) int64; none: 0 … S-1
     cu_seqlens: torch.Tensor | None = None # int32, where the documents begin among the B·S tokens, and B·S; none: each row is one. Stays on the CPU
     num_targets: int = -1 # labels that are not -100; counted once, here, because on a device it would wait for the device
-    longest: int = 0 # tokens of the longest text, where these are only a part of it: rotary frequencies may depend on it; 0: as position_ids say
+    longest: int = 0 # the largest position and one, of the whole text where these are a part of it: rotary tables grow with it; counted here too; 0: no position_ids
+    lengths: tuple = () # tokens of each row that are text, where rows may be laid end to end (`joined`); empty: they stay as they are
+    unit: int = 1 # the joined row is a multiple of this
 
     def __post_init__(self):
         if self.num_targets < 0: self.num_targets = int((self.labels != -100).sum())
+        if not self.longest and self.position_ids is not None: self.longest = int(self.position_ids.max()) + 1
 
     @property
     def samples(self) -> int: return len(self.input_ids) # of the data set
@@ -73,7 +76,8 @@ def collate_gpt(
 def collate_sft(
     pad_id: int, # fills ids on the right; any valid id will do, for nothing is learnt there
     pad_to_multiple_of: int = 8, # width is rounded up to this: matrix units like multiples of 8 and more
-    seq_length: int | None = None # pad every batch to this width (one shape, no recompilation); none: to its longest sample
+    seq_length: int | None = None, # pad every batch to this width (one shape, no recompilation); none: to its longest sample
+    joins: bool = False # may a step compute the rows end to end, without their padding?
 ): # a function: list of `Sample` -> Batch
     "Pad samples of different lengths on the right: ids with `pad_id`, labels with -100."
     def collate(samples):
@@ -81,8 +85,26 @@ def collate_sft(
         width = seq_length or math.ceil(longest / pad_to_multiple_of) * pad_to_multiple_of
         ids, labels = np.full((len(samples), width), pad_id, np.int64), np.full((len(samples), width), -100, np.int64)
         for row, s in enumerate(samples): ids[row, :len(s.ids)], labels[row, :len(s.labels)] = s[:2]
-        return Batch(torch.from_numpy(ids), torch.from_numpy(labels), **_boundaries(samples, width))
+        how = dict(lengths=tuple(len(s.ids) for s in samples), unit=pad_to_multiple_of) if joins else {}
+        return Batch(torch.from_numpy(ids), torch.from_numpy(labels), **_boundaries(samples, width), **how)
     return collate
+
+# %% ../nbs/13_datasets.ipynb #22c4fdb5
+@patch
+def joined(self: Batch) -> Batch: # one row; itself where its rows stay as they are, or little would be saved
+    "The texts of a batch one behind the other, without their padding. None sees another."
+    (B, S), n = self.input_ids.shape, sum(self.lengths)
+    width = math.ceil(n / self.unit) * self.unit
+    if not n or 16 * width > 15 * B * S: return self
+    at = torch.cat([torch.arange(k) + row * S for row, k in enumerate(self.lengths)]) # among the B·S tokens
+    def take(x, fill): return torch.cat((x.flatten()[at], x.new_full((width - n,), fill)))[None]
+    starts = torch.arange(0, B * S + 1, S) if self.cu_seqlens is None else torch.cat((torch.arange(0, B * S + 1, S), self.cu_seqlens.long()))
+    ends = torch.cat((torch.searchsorted(at, starts), torch.tensor([width]))).unique().int()
+    where = torch.arange(S).repeat(B, 1) if self.position_ids is None else self.position_ids
+    return replace(self, input_ids=take(self.input_ids, int(self.input_ids[0, 0])), labels=take(self.labels, -100), position_ids=take(where, 0), cu_seqlens=ends, lengths=())
+
+@patch(as_prop=True)
+def positions(self: Batch) -> int: return self.joined().input_ids.numel() # that a model computes
 
 # %% ../nbs/13_datasets.ipynb #5bbc4044
 messages(

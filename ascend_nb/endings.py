@@ -10,7 +10,7 @@ import ctypes, json, os, signal, sys, threading, time, traceback, weakref
 from contextlib import suppress
 from datetime import timedelta
 import torch.distributed as dist
-from .core import Rank, UserError, rank_info, say
+from .core import Rank, UserError, messages, rank_info, say
 from .mesh import reach
 
 # %% ../nbs/24a_endings.ipynb #50986bd7
@@ -114,18 +114,24 @@ def quit_together(
     os._exit(2 if code is None else code) # destroying groups that others still wait in would hang
 
 # %% ../nbs/24a_endings.ipynb #698b0569
+def _look(store, r: Rank, parent): # store: None in a world of one; parent: torchrun's process, None: there is none
+    while r.world_size == 1 or dist.is_initialized():
+        if parent is not None and os.getppid() != parent: quit_together(str(UserError("launcher_gone")) if r.is_main else "", 1, patience=1.)
+        try:
+            if store is not None: store.add(f"pulse/{r.rank}", 1)
+            if store is not None and store.check(["ended"]): quit_together()
+        except RuntimeError:
+            if parent is None: return # the store is gone with the world
+            store = None
+        time.sleep(_every(r))
+
 def watch(
     r: Rank # this process, which has joined
 ) -> None:
-    "From now on this process ends when another one does. It stops with `leave`."
-    if r.world_size == 1: return
-    store = reach(r, timedelta(seconds=20)).clone() # a client of its own: the first may be busy
-    def look():
-        while dist.is_initialized():
-            try:
-                store.add(f"pulse/{r.rank}", 1)
-                ended = store.check(["ended"])
-            except RuntimeError: return # the store is gone with the world
-            if ended: quit_together()
-            time.sleep(_every(r))
-    threading.Thread(target=look, daemon=True, name="watch").start()
+    "From now on this process ends when another one does, or the torchrun that has started it. It stops with `leave`."
+    parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+    store = reach(r, timedelta(seconds=20)).clone() if r.world_size > 1 else None # a client of its own: the first may be busy
+    if store is not None or parent is not None: threading.Thread(target=_look, args=(store, r, parent), daemon=True, name="watch").start()
+
+messages(launcher_gone=("torchrun, which has started this process, is gone; expected it to stay until the end. All processes end; the same command goes on from the newest step.",
+                        "启动本进程的 torchrun 已不存在；它应当运行到结束。所有进程将结束；同一命令会从最新的检查点继续。"))

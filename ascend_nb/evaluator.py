@@ -13,21 +13,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from itertools import groupby
 from pathlib import Path
+from .asking import chat_of, check_room, ids_of, pairs_of
 from .chances import mean_stderr, paired_bootstrap, pooled_stderr, wilson
 from .comparing import compare, compare_table, save_plot
 from .confined import run_confined, walls
 from .core import Progress, UserError, atomic_file, messages, phrase, pick_device, pick_dtype, rank_info, say
 from .config import EvalConfig
+from .decoder import Fast
 from .families import max_length
-from .generate import prompt_ids
 from .haystack import haystacks
 from .likelihood import encode_pairs, loglikelihoods
-from .many_devices import copies, crowd, meet, open_model, tokenizer_folder
+from .generate import load
+from .many_devices import copies, crowd, meet
 from .marking import NOTHING, extract, mark
 from .model import Decoder
-from .tasks import Item, Task, get_task, load_task, task_files
-from .templates import encode_prompt
-from .writing import write_answers
+from .tasks import Item, Task, get_task, known_defects, load_task, missing_subjects, task_files
+from .writing import batch_for, write_answers
 
 # %% ../nbs/53_evaluator.ipynb #d4420c7c
 METRICS: dict = { # metric -> worth of a choice, from its log-probability, text and tokens; the prediction is the choice worth most
@@ -50,12 +51,6 @@ def choose(
 # %% ../nbs/53_evaluator.ipynb #546a99c0
 TOGETHER = 256 # questions that are tokenised and sorted together: memory does not grow with the benchmark
 
-def _context(tokenizer, item, chat): # what the model reads, as text or, of a chat, as ids
-    return tuple(encode_prompt([dict(role="user", content=item.prompt)], tokenizer)) if chat else item.prompt
-
-def _pairs(tokenizer, item, chat): # behind a chat's template an answer has no delimiter
-    return [(_context(tokenizer, item, True), c) for c in item.choices] if chat else item.pairs(tokenizer)
-
 def score_items(
     model: Decoder, # in eval mode, on its device
     tokenizer, # ascend_nb.tokenizers.Tokenizer
@@ -63,7 +58,7 @@ def score_items(
     metrics: tuple = ("acc",), # keys of METRICS
     batch_size: int = 8, # sequences in one forward pass
     quiet: bool = False, # no progress bar
-    chat: bool = False, # prompts go through the chat template
+    chat: dict | None = None, # prompts go through a chat template: what `encode_prompt` shall know; None: they do not
     last: bool = False, # of equally likely answers the last one counts
     keep: Callable = lambda samples: None # called with the samples of each group
 ) -> list: # a dict per item, in order
@@ -73,9 +68,9 @@ def score_items(
         many = TOGETHER * copies(model)
         for group in (items[i:i + many] for i in range(0, len(items), many)):
             def done(n, subject=group[0].subject): bar.update(n, subject)
-            pairs = [p for i in group for p in _pairs(tokenizer, i, chat)]
+            pairs = [p for i in group for p in pairs_of(tokenizer, i, chat)]
             scores = iter(loglikelihoods(model, tokenizer, pairs, batch_size, done))
-            sizes = iter([len(k) for _, k in encode_pairs(tokenizer, pairs)] if "ppl" in metrics else [1] * len(pairs))
+            sizes = iter([len(k) for _, k in encodepairs_of(tokenizer, pairs)] if "ppl" in metrics else [1] * len(pairs))
             new = [_sample(i, [next(scores)[0] for _ in i.choices], [next(sizes) for _ in i.choices], metrics, last) for i in group]
             keep(new); samples += new
     return samples
@@ -96,17 +91,17 @@ def write_items(
     task: Task, # its stop words, marks, comparison
     most: int | None = None, # tokens of an answer; None: the task's own number
     quiet: bool = False, # no progress bar
-    chat: bool = False, # prompts go through the chat template
+    chat: dict | None = None, # prompts go through a chat template: what `encode_prompt` shall know; None: they do not
+    batch_size: int = 8, # answers that grow side by side
     keep: Callable = lambda samples: None # called with the samples of each group
 ) -> list: # a dict per item, in order
     "Let the model answer every question, and mark the answers. The first mark decides `correct`."
-    samples = []
+    samples, batch = [], batch_for(model, min(batch_size, len(items) or 1))
     with Progress(len(items), "Answers written", quiet=quiet) as bar:
         many = WRITTEN * copies(model)
         for group in (items[i:i + many] for i in range(0, len(items), many)):
             def done(n, subject=group[0].subject): bar.update(n, subject)
-            ids = [list(_context(tokenizer, i, True)) if chat else prompt_ids(tokenizer, i.prompt) for i in group]
-            texts = write_answers(model, tokenizer, ids, most or task.max_new_tokens, task.stop, done)
+            texts = write_answers(model, tokenizer, [ids_of(tokenizer, i, chat) for i in group], most or task.max_new_tokens, task.stop, done, batch)
             new = [_written(i, text, task) for i, text in zip(group, texts)] if rank_info().is_main else []
             keep(new); samples += new
     return samples
@@ -120,7 +115,7 @@ def _written(item: Item, text: str, task: Task) -> dict:
                 correct=scores[first] == 1, **more, **scores)
 
 def _programs(item, text, found, task):
-    runs = {m: run_confined(task.program.format(**{**item.doc, "output": text, "extracted": a})) for m, a in found.items()}
+    runs = {m: run_confined(task.program.format(**{**item.doc, "output": text, "extracted": a}), task.seconds) for m, a in found.items()}
     return {m: float(r.passed) for m, r in runs.items()}, dict(verdict=next(iter(runs.values())).why)
 
 # %% ../nbs/53_evaluator.ipynb #5cb05068
@@ -233,6 +228,7 @@ def _first(items: list, limit: int) -> list: # the first questions of each subje
         if not limit or seen[i.subject] <= limit: out.append(i)
     return out
 
+# %% ../nbs/53_evaluator.ipynb #2c0d4ada
 def evaluate(
     model: Decoder, # in eval mode, on its device
     tokenizer, # ascend_nb.tokenizers.Tokenizer
@@ -243,20 +239,22 @@ def evaluate(
     batch_size: int = 8, # sequences in one forward pass
     quiet: bool = False, # no progress bar
     protocol: str = "lm-eval", # whose prompts and rules
-    chat: bool = False, # prompts go through the chat template
+    chat: dict | None = None, # prompts go through a chat template: what `encode_prompt` shall know; None: they do not
     most: int | None = None, # tokens of a written answer; None: the task's own number
+    truncate: bool = False, # cut prompts that are too long; otherwise they are an error
     needle_length: int = 0, # NeedleBench: tokens of a prompt; 0: the model's length, at most 4096
     log: Callable = lambda items: Log(None, {}) # items -> `Log`
 ) -> dict: # of `summary`, and "samples": the list of `score_items` or `write_items`
-    "Score a model on a benchmark. Raises UserError for bad data, a foreign tokenizer, NaN scores."
+    "Score a model on a benchmark. Raises UserError for bad data, prompts that are too long, a foreign tokenizer, NaN scores."
     task = task if isinstance(task, Task) else get_task(task, protocol)
     longest = needle_length or min(max_length(model.cfg), 4096)
     every = load_task(task, data_path, num_fewshot, hay=haystacks(tokenizer, min(longest, max_length(model.cfg) - (most or task.max_new_tokens))))
     items = _first(every, limit)
     kept = log(items)
-    more = dict(quiet=quiet, chat=chat, keep=kept.add)
+    more = dict(quiet=quiet, chat=chat, batch_size=batch_size, keep=kept.add)
     left = items[kept.n:]
-    new = score_items(model, tokenizer, left, task.metrics, batch_size, last=task.last_of_equals, **more) if task.choices else write_items(model, tokenizer, left, task, most, **more)
+    if not truncate: check_room(model, tokenizer, left, 0 if task.choices else most or task.max_new_tokens, chat)
+    new = score_items(model, tokenizer, left, task.metrics, last=task.last_of_equals, **more) if task.choices else write_items(model, tokenizer, left, task, most, **more)
     samples = kept.samples + new
     if not samples: return {"samples": []} # another process has them
     shots = task.num_fewshot if num_fewshot is None else num_fewshot
@@ -291,6 +289,7 @@ def _places(cfg: EvalConfig) -> dict: # task -> where its data is
         if t.protocol not in (cfg.protocol, "own"): say(phrase("task_protocol", name=t.name, has=t.protocol, got=cfg.protocol))
         places[t] = t.home if t.home and any((Path(t.home)).glob(t.files)) else str(p)
         load_task(t, places[t], cfg.num_fewshot, 1) # mistakes in the data come before the minutes of loading a model
+        if lack := missing_subjects(t, task_files(t, places[t])): say(lack)
     return places
 
 messages(
@@ -332,17 +331,36 @@ def _run(cfg, json):
     return found
 
 # %% ../nbs/53_evaluator.ipynb #05706271
+def _defects(task): # name -> what it is, and whether it is repeated
+    return {n: dict(what=what, repeated=n in task.defects) for n, (_, what, _) in known_defects(task.name).items()} if task.protocol == "modellink" else {}
+
+def _tell_defects(task):
+    known = _defects(task)
+    if known: say(phrase("eval_defects", name=task.name, done=", ".join(task.defects) or phrase("eval_none"), left=", ".join(n for n, d in known.items() if not d["repeated"]) or phrase("eval_none")))
+
+messages(
+    eval_defects=("{name} (modellink): of its known defects {done} repeated, not repeated: {left}", "{name}（modellink）：已知缺陷中复现 {done}，未复现：{left}"),
+    eval_none=("none", "无"),
+)
+
+# %% ../nbs/53_evaluator.ipynb #f0327a01
 def _one(cfg, path, places, output, mesh, json, samples=False): # one model
-    from ascend_nb.tokenizers import load_tokenizer
     device = pick_device(cfg.device); dtype = pick_dtype(cfg.dtype, device.value)
     say(f"device {device}, dtype {dtype}")
-    began, tokenizer, results = time.time(), load_tokenizer(tokenizer_folder(path)), {}
-    model = open_model(path, device.value, dtype.value, mesh)
+    one, began, results = replace(cfg), time.time(), {}
+    one.model = path # a folder, as `load` reads it
+    model, tokenizer = load(one, mesh)
+    if isinstance(model, Fast): model = model.model # answers that are written make their own twin
     for task, place in places.items():
-        about = dict(task=task.name, protocol=task.protocol, defects=task.defects, shots=cfg.num_fewshot, chat=cfg.chat, most=cfg.max_new_tokens, dtype=str(dtype.value), model=_which(path))
+        (chat, stops), defects = chat_of(cfg, tokenizer, task.protocol), _defects(task)
+        task = replace(task, stop=(*task.stop, *stops))
+        _tell_defects(task)
+        about = dict(task=task.name, protocol=task.protocol, defects=task.defects, shots=cfg.num_fewshot, chat=chat, cut=cfg.truncate, most=cfg.max_new_tokens, dtype=str(dtype.value), model=[_which(p) for p in (path, *cfg.lora_load)])
         part = output and output.with_name(f"samples_{task.name}.jsonl.part")
         def log(items, about=about, part=part): return Log(part, {**about, "questions": _hash(items)}, mesh)
-        results[task.name] = r = evaluate(model, tokenizer, task, place, cfg.num_fewshot, cfg.limit, cfg.batch_size, chat=cfg.chat, most=cfg.max_new_tokens, needle_length=cfg.needle_length, log=log)
+        how = dict(chat=chat, most=cfg.max_new_tokens, truncate=cfg.truncate, needle_length=cfg.needle_length)
+        r = evaluate(model, tokenizer, task, place, cfg.num_fewshot, cfg.limit, cfg.batch_size, log=log, **how)
+        results[task.name] = r | dict(chat={task.name: chat is not None}, defects={task.name: defects})
         if not json and rank_info().is_main: print(("\n" if len(results) > 1 else "") + table(r))
     if not rank_info().is_main: return {}
     total = _together(results) | dict(config={**asdict(cfg), "model": str(path), "device": str(device.value), "dtype": str(dtype.value)[6:]}, date=began, total_evaluation_time_seconds=time.time() - began)
@@ -352,7 +370,7 @@ def _one(cfg, path, places, output, mesh, json, samples=False): # one model
     return {k: v for k, v in total.items() if k != "samples"} | ({"samples": {n: r["samples"] for n, r in results.items()}} if samples else {})
 
 def _which(path): # a model's files, as they are now
-    return [str(Path(path).resolve()), *sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in Path(path).iterdir() if f.is_file())]
+    return [str(Path(path).resolve()), *sorted((str(f.relative_to(path)), f.stat().st_size, f.stat().st_mtime_ns) for f in Path(path).rglob("*") if f.is_file())]
 
 def _hash(items): return hashlib.sha256(repr([(i.subject, i.doc_id, i.prompt, i.choices) for i in items]).encode()).hexdigest()
 

@@ -238,8 +238,8 @@ class Clock(Callback):
     def after_step(self, t): note(self.run, "step", step=t.step)
     def after_fit(self, t):
         note(self.run, "end", step=t.step)
-        for r in timeline(self.run):
-            if r.get("recovered_s") is not None: say(f"{r.get('fault') or r['what']}: {r['recovered_s']:.1f} s until the run had done a step that it had not done before")
+        for r in timeline(self.run): # a retry is the answer to a fault, not one more
+            if "fault" in r and r["recovered_s"] is not None: say(f"{r['fault']}: {r['recovered_s']:.1f} s until the run had done a step that it had not done before")
 
 # %% ../nbs/42c_faults.ipynb #26881931
 _QUIET = "start", "step", "end", "links" # what is no incident

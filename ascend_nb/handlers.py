@@ -201,7 +201,7 @@ def alpaca_pairwise(
 def _answer(row, key, tags):
     "A chosen or rejected answer as a message."
     m = row.get(key)
-    if isinstance(m, str): return dict(role="assistant", content=m)
+    if m is None or isinstance(m, str): return dict(role="assistant", content=m or "")
     if not isinstance(m, dict): raise BadCell(key, shown(m), phrase("want_answer"))
     turns = [{tags["role_tag"]: tags["user_tag"], tags["content_tag"]: "?"}, m]
     return sharegpt_messages({key: turns}, key, tags)[-1]

@@ -51,10 +51,11 @@ def family(
 
 def end_family(
     who: dict, # from `mark`: a keeper
-    grace: float = 5. # seconds between the request and the end
+    grace: float = 5., # seconds between the request and the end
+    itself: bool = False # end it too; a keeper stays and writes down what happened
 ) -> list: # pids that were ended
-    "Ask all descendants to end, then end them. The keeper itself stays and writes down what happened."
-    all_of_them = family(who)
+    "Ask all descendants to end, then end them."
+    all_of_them = family(who) + ([p] if itself and (p := living(who)) else [])
     for how in ("terminate", "kill"):
         for p in all_of_them:
             try: getattr(p, how)()

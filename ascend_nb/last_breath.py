@@ -43,10 +43,12 @@ class LastBreath(Callback):
     def on_error(self, t, error):
         self.why = f"{type(error).__name__}: {error}"
         if self.sizes.world > 1: deaf(); alarm()
-        self.save()
+        self.save(stay=self.sizes.world == 1)
 
 # %% ../nbs/42d_last_breath.ipynb #890241c8
-def _save(self: LastBreath) -> None:
+def _save(self: LastBreath,
+    stay: bool = False # may the process train on afterwards, as in a notebook? One that leaves makes no more steps
+) -> None:
     "Write what this process holds, unless it is on the disk already. Nothing is raised: the run ends for another reason."
     with self.lock:
         if self.done: return
@@ -58,7 +60,7 @@ def _save(self: LastBreath) -> None:
             elif t.step > self.begin and check_step(self.run.step_path(t.step), contents=False): self.write(t)
         except Exception as e: say(f"last breath: step {t.step} could not be kept: {e}")
         finally:
-            if self.sizes.world == 1: t.gate.lock.release() # of many processes none goes on
+            if stay: t.gate.lock.release()
 
 def _write(self: LastBreath,
     t: Trainer # whose weights are those of a completed step

@@ -145,7 +145,8 @@ def _dollar(self, whole: bool = False) -> str | list:
     if self.see("`"): what = self.upto("`", here + 1)
     elif self.see("$(("):
         what = self.until("))", here + 3)
-        what = re.sub(r"\$?\{?([A-Za-z_]\w*)\}?", lambda m: self.value(m[1]) or "0", what)
+        what = re.sub(r"\$\{([^{}]+)\}", lambda m: " ".join(v) if isinstance(v := self.braces(m[1]), list) else v or "0", what) # ${N:-8}
+        if not is_hole(what): what = re.sub(r"\$?([A-Za-z_]\w*)", lambda m: self.value(m[1]) or "0", what)
         try: return whole_sum(what, {}.get, self.line)
         except UserError as e: self.told("sh_sum_left", why=e, hole=hole("sum")); return hole("sum")
     elif self.see("$("): what = self.until(")", here + 2)
@@ -201,7 +202,7 @@ def _word(self) -> tuple:
                 else: fields[-1] += piece; text += piece
         elif c in "$`":
             v = self.dollar(whole)
-            parts = v if isinstance(v, list) else re.split(r"\s+", self.cut(v))
+            parts = [p for e in (v if isinstance(v, list) else [v]) for p in re.split(r"\s+", self.cut(e))] # without quotes, an array's elements are cut too
             fields[-1] += parts[0] if parts else ""; fields += parts[1:]; text += " ".join(v) if isinstance(v, list) else v
         elif c == "\\": fields[-1] += self.text[self.at + 1]; text += self.text[self.at + 1]; self.at += 2
         else:

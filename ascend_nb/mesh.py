@@ -221,10 +221,10 @@ def _open(host, port, r, wait): # the store; UserError
                 if time.monotonic() > end: raise TimeoutError from None
                 time.sleep(.1)
         return _within(make, max(1., end - time.monotonic()))
-    except dist.DistNetworkError as e:
+    except (TimeoutError, RuntimeError) as e:
         if serve and "in use" in str(e): raise UserError("port_taken", host=host, port=port) from None
-        raise
-    except TimeoutError: raise UserError("missing_ranks", missing=f"0 (nobody answers at {host}:{port})", world=r.world_size, seconds=round(wait.total_seconds())) from None
+        if serve: raise
+        raise UserError("missing_ranks", missing=f"0 (nobody answers at {host}:{port})", world=r.world_size, seconds=round(wait.total_seconds())) from None # torch may give up just before we do
 
 def reach(
     r: Rank, # this process

@@ -161,17 +161,15 @@ def _ends(cu_seqlens, B, S): return sorted({*cu_seqlens.tolist(), *range(0, B * 
 
 @kernel("attention")
 def _attention(q, k, v, causal, window, cu_seqlens, scale):
-    "scaled_dot_product_attention; a mask only where is_causal cannot say it"
+    "scaled_dot_product_attention, document by document; a mask only where is_causal cannot say it"
     B, N, Sq, _ = q.shape
     gqa = dict(scale=scale, enable_gqa=N != k.shape[1])
     if cu_seqlens is None and (not causal or Sq == 1 or Sq == k.shape[2] and not window):
         if window: k, v = k[:, :, -window:], v[:, :, -window:]
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal and Sq > 1, **gqa)
     if cu_seqlens is None: return F.scaled_dot_product_attention(q, k, v, ~_hidden(Sq, k.shape[2], window, q.device), **gqa)
-    ends = torch.tensor(_ends(cu_seqlens, B, Sq), device=q.device)
-    doc = torch.searchsorted(ends, torch.arange(B * Sq, device=q.device), right=True)
-    seen = doc[:, None] == doc if not causal else (doc[:, None] == doc) & ~_hidden(B * Sq, B * Sq, window, q.device)
-    out = F.scaled_dot_product_attention(_flat(q), _flat(k), _flat(v), seen, **gqa)
+    sizes = torch.tensor([0, *_ends(cu_seqlens, B, Sq)]).diff().tolist()
+    out = torch.cat([_attention(*x, causal, window, None, scale) for x in zip(*(_flat(t).split(sizes, 2) for t in (q, k, v)))], 2)
     return out.transpose(1, 2).reshape(B, Sq, N, -1).transpose(1, 2)
 
 # %% ../nbs/20_npu_kernels.ipynb #ef888880

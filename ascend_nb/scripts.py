@@ -8,7 +8,7 @@ __all__ = ['Fate', 'draft_of', 'config_of', 'name_family', 'Imported', 'import_t
 
 # %% ../nbs/44c_scripts.ipynb #0ef01b36
 import difflib, re, shlex
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 from . import config
@@ -168,7 +168,7 @@ messages(
     yaml_fill=("fill in: {holes}", "请填写：{holes}"),
     yaml_other=("NOT AS IN THE SCRIPT: {flags}: {why}", "与脚本不同：{flags}：{why}"),
     yaml_grid=("grid of {world} processes: tp={tp} pp={pp} cp={cp} ep={ep}, data parallel {dp}", "{world} 个进程的网格：tp={tp} pp={pp} cp={cp} ep={ep}，数据并行 {dp}"),
-    yaml_misfit=("`train` will refuse this grid: {why}", "`train` 会拒绝该网格：{why}"),
+    yaml_misfit=("`train` will refuse this: {why}", "`train` 会拒绝：{why}"),
     yaml_shape=("the script's shape; `load` brings its own. To train new weights, remove `load` and these #", "脚本给出的结构；`load` 自带结构。若要训练新模型，请删除 `load` 与这些 #"),
 )
 _ENV = re.compile(r"HCCL_|PYTORCH_NPU|ASCEND_|TASK_QUEUE|CPU_AFFINITY|GLOO_|NPU_ASD|COMBINED_ENABLE|MULTI_STREAM|STREAMS_PER|ACL_|INF_NAN")
@@ -190,15 +190,18 @@ def start_line(
 def grid_notes(
     i: Imported # a script that trains
 ) -> list: # of sentences
-    "The grid, and why `train` would refuse it. Nothing where the number of processes is not known."
-    p, world = i.cfg.parallel, i.launch.world
-    if not world: return []
+    "The grid, and why `train` would refuse it or the stage. Of the grid nothing where the number of processes is not known."
     from ascend_nb.engine import refuse
     from ascend_nb.mesh import check
+    from ascend_nb.stages import check_stage
+    p, world, out = i.cfg.parallel, i.launch.world, []
+    try: check_stage(replace(i.cfg, tune=replace(i.cfg.tune, ref_model=""))) # whose folder need not be on this machine
+    except UserError as e: out = [phrase("yaml_misfit", why=e)]
+    if not world: return out
     try:
         dp, m = p.data_parallel_size(world), i.cfg.model
-        out = [phrase("yaml_grid", world=world, tp=p.tensor_model_parallel_size, pp=p.pipeline_model_parallel_size, cp=p.context_parallel_size, ep=p.expert_model_parallel_size, dp=dp)]
-    except UserError as e: return [phrase("yaml_misfit", why=e)]
+        out.insert(0, phrase("yaml_grid", world=world, tp=p.tensor_model_parallel_size, pp=p.pipeline_model_parallel_size, cp=p.context_parallel_size, ep=p.expert_model_parallel_size, dp=dp))
+    except UserError as e: return [*out, phrase("yaml_misfit", why=e)]
     try:
         refuse(m, p)
         check(p, world, model=m, seq_length=i.cfg.data.seq_length, micro_batches=i.cfg.train.accumulation(dp) if p.pipeline_model_parallel_size > 1 else None)

@@ -40,11 +40,18 @@ def with_copies(
         return p
     group = p.fsdp_size or data // 2
     if data < 2 or p.zero_stage and (group == data or data % group or data % 2 and not p.fsdp_size): raise UserError("no_copies", data=data, fsdp=p.fsdp_size)
+    each, ep = (group if p.zero_stage else 1) * p.context_parallel_size, p.expert_model_parallel_size
+    if each % ep: raise UserError("no_expert_copies", each=each, ep=ep)
     return replace(p, fsdp_size=group) if p.zero_stage else p # without ZeRO every data parallel process has everything
 
 messages(no_copies=("Found replicate_optimizer with {data} data parallel processes and fsdp_size={fsdp}; expected an even number of them, or an fsdp_size that leaves two groups or more. "
                     "Add processes, lower tp, pp or cp, or leave replicate_optimizer out.",
                     "设置了 replicate_optimizer，而数据并行进程数为 {data}、fsdp_size={fsdp}；数据并行进程数应为偶数，或 fsdp_size 应至少留出两组。请增加进程、减小 tp、pp 或 cp，或去掉 replicate_optimizer。"))
+
+# %% ../nbs/42a_spread.ipynb #28809c7f
+messages(no_expert_copies=("Found replicate_optimizer with {each} data and context parallel processes in each group and expert_model_parallel_size={ep}; expected each group to hold all experts, with a multiple of {ep} processes. "
+                           "Add processes, lower expert_model_parallel_size, or leave replicate_optimizer out.",
+                           "设置了 replicate_optimizer，每组有 {each} 个数据与上下文并行进程，而 expert_model_parallel_size={ep}；每组应包含全部专家，进程数应为 {ep} 的倍数。请增加进程、减小 expert_model_parallel_size，或去掉 replicate_optimizer。"))
 
 # %% ../nbs/42a_spread.ipynb #7d33cbf3
 def settings(

@@ -167,14 +167,15 @@ class Loop:
     "The training loop; `Trainer` adds what it stands on."
     def fit(self) -> "Loop": # itself
         "Train until `train_iters` steps are done or a callback calls `stop`."
+        begun = []
         try:
             self.model.train()
-            self.call("before_fit")
+            for c in self.callbacks: getattr(c, "before_fit", lambda t: None)(self); begun.append(c)
             while self.step < self.cfg.train_iters and not self.stopped: self.one_step()
             if self.window: self.log() # a stop came between two rows
             self.call("after_fit")
         except BaseException as e:
-            self.call("on_error", e)
+            for c in begun: getattr(c, "on_error", lambda *a: None)(self, e) # one that has not begun has nothing to end
             raise
         return self
 
@@ -226,7 +227,7 @@ def _compute(self: Loop,
 ) -> list: # each micro-batch's sum of losses, 0-d tensors
     "Forward and backward over the micro-batches."
     for batch in now.batches:
-        total, _ = self.loss_fn(self.model, batch.to(self.device))
+        total, _ = self.loss_fn(self.model, batch.joined().to(self.device))
         self.weights.scaler.scale(total / now.targets).backward()
         now.sums.append(total.detach())
     return now.sums
@@ -299,7 +300,7 @@ def _read_batches(self: Trainer) -> Step:
     t0, start = time.perf_counter(), dict(self.loader.state_dict())
     batches = [next(self.loader) for _ in range(self.accumulation)]
     return Step(self.step + 1, start, batches, time.perf_counter() - t0,
-                sum(b.input_ids.numel() for b in batches), sum(b.num_targets for b in batches))
+                sum(b.positions for b in batches), sum(b.num_targets for b in batches))
 
 def _read(self: Trainer) -> list: # the steps since the last row
     "Turn the loss and gradient norm of those steps into floats, in one transfer."
@@ -336,7 +337,7 @@ def _evaluate(self: Trainer) -> float: # mean loss over the trained tokens
     total, n = torch.zeros((), device=self.device), 0
     for _ in range(self.cfg.eval_iters):
         batch = next(self.valid_loader)
-        total, n = total + self.loss_fn(self.model, batch.to(self.device))[0], n + batch.num_targets
+        total, n = total + self.loss_fn(self.model, batch.joined().to(self.device))[0], n + batch.num_targets
     self.model.train()
     if not n: raise UserError("no_valid")
     return float(total) / n

@@ -27,9 +27,10 @@ from .mesh import Mesh, Sizes
 from .model import Decoder
 from .nf4 import packed_size, unpack
 from .parallel_trainer import ParallelTrainer
-from .preflight import preflight
+from .preflight import Flight
 from .prepared import prepared
 from .schema import load_yaml, save_yaml, to_dict
+from .speed import speeds
 from .spread import build_engine, crew, end, fit_grid, idle, pad_unit, whole_model
 from .stages import STAGES, ask_reference, check_stage, idle_knobs, reference_of, rewards, wanted
 from .reference import Reference
@@ -103,7 +104,7 @@ def _flat(cfg: RunConfig) -> dict:
     flat = {f"{s}.{k}": v for s, part in to_dict(cfg).items() for k, v in part.items()}
     world, size = rank_info().world_size, cfg.parallel.model_size
     dp = max(1, world // size) # a run of a larger grid is read here too
-    kept = {k: v for k, v in flat.items() if k not in FREE and not k.startswith("guard.") and (not k.startswith("parallel.") or k.startswith("parallel.moe_"))} # any grid goes on with any run
+    kept = {k: v for k, v in flat.items() if k not in FREE and not k.startswith(("guard.", "profiling.")) and (not k.startswith("parallel.") or k.startswith("parallel.moe_"))} # any grid goes on with any run
     return kept | {"samples in a step": cfg.train.global_batch_size or cfg.train.micro_batch_size * dp}
 
 def changed(
@@ -186,12 +187,13 @@ def build(
     seed_all(t.seed + (mesh.data if plan or cfg.tune.neftune_noise_alpha else 0)) # what is drawn in a step differs from sample to sample
     stage = STAGES[t.stage]
     loss, engine = stage.loss(cfg.tune), build_engine(cfg, mesh, stage.load(weights, t.seed), stage.make, plan)
-    guards += [loss] if hasattr(loss, "after_update") else []
-    trainer = ParallelTrainer(engine, t, data["train"], loss, [*crew(run, tokenizer, mesh, cfg.guard.keep_every), *lifelines(cfg.guard, run, mesh.main), *guards, *callbacks], data.get("valid"), rates(cfg.tune))
+    flight = [Flight(mesh, run)] if cfg.guard.preflight else []
+    guards += flight + ([loss] if hasattr(loss, "after_update") else [])
+    trainer = ParallelTrainer(engine, t, data["train"], loss, [*crew(run, tokenizer, mesh, cfg.guard.keep_every), *lifelines(cfg.guard, run, mesh.main), *guards, *speeds(cfg, mesh.sizes.world, t.micro_batch_size * t.accumulation(mesh.sizes.data) * mesh.sizes.data * (1 + (DATA_OF[t.stage] == "pair"))), *callbacks], data.get("valid"), rates(cfg.tune))
     reference = reference_of(cfg, data, mesh, run, trainer.dtype_choice.value)
     if reference and not reference.find(fresh=begin is None) and begin is not None: ask_reference(reference, cfg, trainer, weights) # while the model is what it was
     if begin is not None: trainer.restore(run, begin, checked=True)
-    return Job(cfg, run, trainer, tokenizer, begin, mesh, plan, preflight(mesh) if cfg.guard.preflight else [], reference)
+    return Job(cfg, run, trainer, tokenizer, begin, mesh, plan, flight[0].lines() if flight else [], reference)
 
 # %% ../nbs/43_training.ipynb #35e545ca
 def _in_bits(tr): # a line where matrices lie in four bits

@@ -17,7 +17,7 @@ class LoraConfig:
     lora_r: int = knob(16, low=1) # rank
     lora_alpha: float = knob(32.0, low=0) # strength: what is learned counts alpha / r
     lora_dropout: float = knob(0.0, low=0, high=0.99, advanced=True) # share of the inputs that the adapter does not see in training
-    lora_load: str = knob("", advanced=True) # folder of an adapter in PEFT's format to go on with; its rank and targets hold
+    lora_load: str = knob("", advanced=True) # adapter to go on with: a folder in PEFT's format, or a Megatron checkpoint with lora_A and lora_B; its rank and targets hold
     lora_modules_to_save: list[str] = knob([], advanced=True) # embed_tokens, lm_head: learn as they are
     use_rslora: bool = knob(False, advanced=True) # alpha / √r
     use_dora: bool = knob(False, advanced=True) # learn the length of every row too
@@ -44,7 +44,7 @@ class TuneConfig(LoraConfig):
 @dataclass(kw_only=True)
 class AdapterConfig:
     "A finished model, changed or not."
-    lora_load: list[str] = knob([], advanced=True) # folders of adapters in PEFT's format, or runs that trained one; the first is used, in a chat /adapter NAME switches
+    lora_load: list[str] = knob([], advanced=True) # adapters: folders in PEFT's format, runs that trained one, or Megatron checkpoints with lora_A and lora_B; the first is used, in a chat /adapter NAME switches
 
 # %% ../nbs/02b_tuning.ipynb #c76c6ea9
 DATA_OF = dict(pretrain="pretrain", sft="sft", dpo="pair", simpo="pair", orpo="pair", rm="pair") # stage -> kind of data that it reads

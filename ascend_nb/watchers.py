@@ -12,6 +12,7 @@ from .copies import Copies
 from .core import rank_info
 from .faults import inject
 from .preflight import Pace
+from .recording import recorders
 from .retry import Retry
 from .spikes import Spikes
 
@@ -22,10 +23,10 @@ def watchers(
     world: int = 1, # processes of the run
     tokenizer=None # shows a batch as text
 ) -> list: # of Callback, for this process
-    "What the section `guard` asks for. Raises UserError for a fault that could not happen."
+    "What the sections `guard` and `profiling` ask for. Raises UserError for a fault that could not happen, and for ranks that do not exist."
     g, out = cfg.guard, inject(cfg.guard.inject, run, world, cfg.train.train_iters)
     if g.step_retries: out.append(Retry(g.step_retries, run, cfg.model.vocab_size, g.step_copy))
     if g.spike_factor: out.append(Spikes(g.spike_factor, g.on_spike == "stop", run, tokenizer))
     if g.slow_factor and world > 1: out.append(Pace(g.slow_factor))
     if g.corruption_interval: out.append(Copies(g.corruption_interval, run))
-    return out
+    return out + recorders(cfg, run.path, world)

@@ -4,6 +4,7 @@ tales.jsonl       documents for pretraining: the chronicle, portraits of the tow
 instruct.json     Alpaca rows for fine-tuning: questions about half of the facts
 town_quiz/        MMLU's layout: {test,dev}/{subject}_{test,dev}.csv; the test asks the facts that no question above gave away
 tokenizer/        a byte-level BPE of 1,024 tokens with a chat template, trained on the above
+npu_profile/      what torch_npu's profiler writes (level 1, text form, two steps of two ranks); the times are made up
 """
 import csv
 import json
@@ -102,6 +103,7 @@ def main():
         write_csv(HERE / f"town_quiz/test/{subject}_test.csv", [quiz_row(rng, *f) for f in hidden if f[1] in traits])
         write_csv(HERE / f"town_quiz/dev/{subject}_dev.csv", [quiz_row(rng, *f) for f in told if f[1] in traits][:5])
     tokenizer(docs + [r[k] for r in rows for k in ("instruction", "input", "output")])
+    for rank in (0, 1): profile(rank)
 
 
 def tokenizer(texts):
@@ -118,6 +120,77 @@ def tokenizer(texts):
     conf = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": None, "eos_token": "<|im_end|>", "pad_token": "<|pad|>",
             "model_max_length": 2048, "clean_up_tokenization_spaces": False, "chat_template": TEMPLATE}
     (out / "tokenizer_config.json").write_text(json.dumps(conf, indent=1) + "\n", encoding="utf-8")
+
+
+LAYER = [("Pows", "AI_VECTOR_CORE", 4), ("ReduceMean", "AI_VECTOR_CORE", 5), ("Rsqrt", "AI_VECTOR_CORE", 3), ("Mul", "AI_VECTOR_CORE", 8), ("Mul", "AI_VECTOR_CORE", 7), ("MatMulV3", "AI_CORE", 60),
+         ("FlashAttentionScore", "MIX_AIC", 90), ("MatMulV3", "AI_CORE", 40), ("Add", "AI_VECTOR_CORE", 10), ("MatMulV3", "AI_CORE", 80), ("SwiGlu", "AI_VECTOR_CORE", 20)]
+BACK = [("FlashAttentionScoreGrad", "MIX_AIC", 200), ("MatMulV3", "AI_CORE", 150), ("SwiGluGrad", "AI_VECTOR_CORE", 40)]
+LANES = {"Python": 100, "Ascend Hardware": 200, "Communication": 300}
+
+
+def profile(rank):
+    "One rank: what ran when, and every file that torch_npu writes of it. Rank 1 has a slow product in each backward pass."
+    out, epoch = HERE / f"npu_profile/rank{rank}_ascend_pt/ASCEND_PROFILER_OUTPUT", 1_700_000_000_000_000_000
+    kernels, steps, comm, trace, now = [], [], {}, [], epoch
+    us = lambda ns: f"{ns // 1000}.{ns % 1000:03d}"
+    event = lambda lane, name, at, ns, tid=1, **kw: trace.append({"ph": "X", "name": name, "pid": LANES[lane], "tid": tid, "ts": us(at), "dur": ns / 1000, **kw})
+    for lane, pid in LANES.items(): trace.append({"ph": "M", "name": "process_name", "pid": pid, "tid": 0, "args": {"name": lane}})
+    for step in (5, 6):
+        begin, busy, sent = now, 0, []
+        parts = [(f"Layer_{i}", LAYER) for i in (0, 1)] + [(f"Layer_{i}", BACK) for i in (1, 0)] + [("", [("ApplyAdamWV2", "AI_VECTOR_CORE", 30)])]
+        now += 50_000
+        for part, (module, ops) in enumerate(parts):
+            if part == 4: now = max(now, begin + 2_600_000)  # all wait until rank 1 is done
+            start = now
+            for name, core, length in ops:
+                ns = length * 1000 + (rank == 1 and part == 3 and name == "MatMulV3") * 600_000 + len(kernels) % 7 * 10
+                kernels.append([step, name, core, now, ns]); busy += ns
+                event("Ascend Hardware", f"aclnn{name}", now, ns, 2)
+                if module: event("Python", f"aten::{name.lower()}", now - 40_000, min(ns, 30_000) // 2, cat="cpu_op")
+                trace.extend({"ph": ph, "bp": "e", "name": "torch_to_npu", "id": now, "pid": LANES[where], "tid": tid, "ts": us(at), "cat": "async_npu"} for ph, where, tid, at in (("s", "Python", 1, now - 40_000), ("f", "Ascend Hardware", 2, now)) if module)
+                now += ns + 2_000
+            if module and ops is LAYER: event("Python", f"nn.Module: {module}", start - 41_000, now - start - 2_000, cat="python_function")
+            if part == 3:
+                sent.append(("hcom_allReduce__001_%d_1" % step, now, begin + 2_600_000 - now - 5_000))
+        name, at, ns = sent[0]
+        kernels.append([step, name, "COMMUNICATION", at, ns]); event("Communication", name, at, ns)
+        wait = ns - 150_000
+        comm[f"step{step}"] = {"p2p": {}, "collective": {f"{name}@{GROUP}": {"Communication Time Info": {"Start Timestamp(us)": at / 1000, "Elapse Time(ms)": ns / 1e6, "Transit Time(ms)": .15, "Wait Time(ms)": wait / 1e6, "Synchronization Time(ms)": wait / 1e6, "Idle Time(ms)": 0},
+            "Communication Bandwidth Info": {"HCCS": {"Transit Size(MB)": 2.1, "Transit Time(ms)": .15, "Bandwidth(GB/s)": 14., "Large Packet Ratio": 1., "Size Distribution": {"2.1": [1, .15]}}}}}}
+        span = now - 2_000 - (begin + 50_000)
+        steps.append([0, step, busy / 1000, ns / 1000, 0., ns / 1000, (span - busy - ns) / 1000, span / 1000, 0., ns / 1000, 50.])
+        event("Python", f"ProfilerStep#{step}", begin, now - begin + 20_000, cat="cpu_op")
+        now += 60_000
+    write_profile(out, rank, kernels, steps, comm, trace, epoch, us)
+
+
+GROUP = "5862276093215481612"  # the hash of group_name_0
+
+
+def write_profile(out, rank, kernels, steps, comm, trace, epoch, us):
+    "The files of a rank."
+    write_csv(out / "step_trace_time.csv", [["Device_id", "Step", "Computing", "Communication(Not Overlapped)", "Overlapped", "Communication", "Free", "Stage", "Bubble", "Communication(Not Overlapped and Exclude Receive)", "Preparing"], *steps])
+    write_csv(out / "kernel_details.csv", [["Step Id", "Device_id", "Name", "Type", "Accelerator Core", "Start Time(us)", "Duration(us)", "Wait Time(us)", "Block Dim", "Input Shapes"],
+              *([s, 0, n if c == "COMMUNICATION" else f"aclnn{n}", n.split("__")[0] + "_" if c == "COMMUNICATION" else n, c, us(at) + "\t", f"{ns / 1000:.3f}", 0, 24, "N/A" if c == "COMMUNICATION" else '"256,1024"'] for s, n, c, at, ns in kernels)])
+    mine = {}
+    for _, n, c, _, ns in kernels:
+        if c != "COMMUNICATION": mine.setdefault((n, c), []).append(ns / 1000)
+    total = sum(map(sum, mine.values()))
+    write_csv(out / "op_statistic.csv", [["Device_id", "OP Type", "Core Type", "Count", "Total Time(us)", "Min Time(us)", "Avg Time(us)", "Max Time(us)", "Ratio(%)"],
+              *([0, n, c, len(t), round(sum(t), 3), min(t), round(sum(t) / len(t), 3), max(t), round(100 * sum(t) / total, 3)] for (n, c), t in sorted(mine.items(), key=lambda x: -sum(x[1])))])
+    held = [("aten::empty", 64 * 1024, 0, None), ("aten::matmul", 20 * 1024, 60, 700), ("npu::npu_fusion_attention", 30 * 1024, 200, 900), ("aten::add", 5 * 1024, 400, 1000)]
+    points = sorted({t for _, _, a, b in held for t in (a, b) if t is not None})
+    at = lambda t: sum(kb for _, kb, a, b in held if a <= t and (b is None or t < b)) / 1024
+    stamp = lambda t: us(epoch + t * 1000) + "\t"
+    write_csv(out / "memory_record.csv", [["Component", "Timestamp(us)", "Total Allocated(MB)", "Total Reserved(MB)", "Total Active(MB)", "Stream Ptr", "Device Type"],
+              *(["PTA", stamp(t), 1000 + at(t), 1200., 1000 + at(t), 1, "NPU:0"] for t in points)])
+    write_csv(out / "operator_memory.csv", [["Name", "Size(KB)", "Allocation Time(us)", "Release Time(us)", "Active Release Time(us)", "Duration(us)", "Active Duration(us)", "Allocation Total Allocated(MB)", "Allocation Total Reserved(MB)", "Allocation Total Active(MB)", "Release Total Allocated(MB)", "Release Total Reserved(MB)", "Release Total Active(MB)", "Stream Ptr", "Device Type"],
+              *([n, kb, stamp(a), "" if b is None else stamp(b), "" if b is None else stamp(b), "" if b is None else b - a, "" if b is None else b - a, 1000 + at(a), 1200., 1000 + at(a), "" if b is None else 1000 + at(b), "" if b is None else 1200., "" if b is None else 1000 + at(b), 1, "NPU:0"] for n, kb, a, b in held)])
+    links = {s: {"p2p": {}, "collective": {f"allreduce-total@{GROUP}": {f"{rank}-{1 - rank}": {"Transport Type": "HCCS", "Transit Size(MB)": 2.1, "Transit Time(ms)": .15, "Bandwidth(GB/s)": 14., "Op Name": next(iter(v["collective"])).split("@")[0]}}}} for s, v in comm.items()}
+    info = {"config": {"common_config": {"record_shapes": True, "profile_memory": True, "with_stack": False}, "experimental_config": {"_profiler_level": "Level1", "_export_type": ["text"]}}, "torch_npu_version": "2.7.1", "cann_version": "made up", "rank_id": str(rank)}
+    meta = {"distributed_args": {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1, "data_parallel_size": 2, "rank": rank, "world_size": 2}, "parallel_group_info": {"group_name_0": {"group_name": "dp", "group_rank": rank, "global_ranks": [0, 1]}}}
+    for path, value in ((out / "communication.json", comm), (out / "communication_matrix.json", links), (out / "trace_view.json", trace), (out.parent / f"profiler_info_{rank}.json", info), (out.parent / "profiler_metadata.json", meta)):
+        path.write_text(json.dumps(value) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__": main()

@@ -1,4 +1,5 @@
 """A world that cannot work, under the real torchrun: one sentence, every rank leaves with the same exit code, and no process remains."""
+import contextlib
 import json
 import os
 import re
@@ -6,12 +7,17 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 from worlds import world
+
+from ascend_nb.core import UserError, rank_info
+from ascend_nb.mesh import reach
 
 MODEL = ["--hidden-size", "32", "--num-hidden-layers", "2", "--num-attention-heads", "4", "--num-key-value-heads", "2"]
 # name -> (flags, what the one sentence has to say); `vocab` and `heads` and the like break one rule each
@@ -142,6 +148,18 @@ ParallelTrainer.read_batches = fail""")
 
 
 @pytest.mark.slow
+def test_a_host_that_does_not_see_the_run_folder(text, tmp_path, samples):
+    "A folder of the same name on another disk: told before the first step, not at the first save."
+    program = odd_rank(tmp_path, f"if os.environ['RANK'] == '1': os.makedirs({str(tmp_path / 'elsewhere')!r}); os.chdir({str(tmp_path / 'elsewhere')!r})")
+    flags = [x if x != tmp_path / "run" else "run" for x in train(text, tmp_path, samples)]
+    w = World(tmp_path, program, [*flags, "--no-shared-storage"])
+    lines = [line for said in w.said for line in said.splitlines() if line.startswith("ascend_nb: ")]
+    assert len(lines) == 1 and re.search(r"The hosts \S+ do not see run; expected a folder that all hosts share.*--no-shared-storage is about the caches of data alone", lines[0]), w.said
+    assert "Traceback" not in "".join(w.said) and w.codes == {0: 2, 1: 2} and not w.orphans, (w.said, w.torchrun)
+    assert not list((tmp_path / "run").glob("step_*")) and not list((tmp_path / "run").glob(".seen*"))
+
+
+@pytest.mark.slow
 def test_a_program_error_of_one_rank_has_one_traceback(text, tmp_path, samples):
     program = odd_rank(tmp_path, """
 from ascend_nb.parallel_trainer import ParallelTrainer
@@ -184,6 +202,17 @@ def test_a_port_in_use(taken, text, tmp_path, samples):
     assert [code for code, *_ in outs] == [2, 2]
     assert re.fullmatch(rf"ascend_nb: Port {taken} of 127.0.0.1 is in use by another program; .*--master-port to torchrun\.\n", outs[0][2])
     assert re.fullmatch(rf"ascend_nb: \[rank 1\] Rank 0 \(nobody answers at 127.0.0.1:{taken}\) of 2 did not come within 1 s\. .*\n", outs[1][2])
+
+
+def test_torch_gives_up_before_we_do(monkeypatch):
+    "Its own time-out is the same sentence. Whoever listens here ends every talk at once."
+    with socket.create_server(("127.0.0.1", 0)) as s:
+        def refuse():
+            with contextlib.suppress(OSError):
+                while True: s.accept()[0].close()
+        threading.Thread(target=refuse, daemon=True).start()
+        for k, v in dict(RANK=1, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=s.getsockname()[1]).items(): monkeypatch.setenv(k, str(v))
+        with pytest.raises(UserError, match=r"Rank 0 \(nobody answers at 127.0.0.1:\d+\) of 2 did not come"): reach(rank_info(), timedelta(seconds=.2))
 
 
 def test_a_port_in_use_under_torchrun(taken, text, tmp_path, samples):

@@ -1,15 +1,15 @@
-"""The command line's promises, through real processes."""
+"""The command line's promises: what it says, how it ends, how long it takes to start."""
 import json
 import subprocess
 import sys
 import time
 
 import pytest
+from here import ascend
 
 CODE = "import sys; from ascend_nb.cli import main; sys.exit(main())"
 
 
-def ascend(*args, **kw): return subprocess.run([sys.executable, "-c", CODE, *map(str, args)], capture_output=True, text=True, **kw)
 
 
 def best_of(n, *cmd):
@@ -48,7 +48,7 @@ def test_a_group_lists_its_commands(args):
     assert "train" not in out.stdout.split("\n\n")[1]
 
 
-COMMAND_NAMES = ["quickstart", "doctor", "fetch", "preprocess", "data sniff", "data show", "data report", "plan", "train",
+COMMAND_NAMES = ["quickstart", "doctor", "fetch", "preprocess", "data sniff", "data show", "data report", "plan", "profile", "plot-log", "train",
                  "jobs launch", "jobs list", "jobs show", "jobs wait", "jobs stop", "jobs resume", "import-script", "convert", "generate", "chat", "serve", "evaluate", "compare"]
 
 

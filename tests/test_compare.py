@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from test_evaluator import save_bpe, save_tiny
-from test_tasks import write_mmlu
+from test_tasks import AWKWARD, write_mmlu
 
 from ascend_nb.chances import mcnemar, paired_bootstrap, wilson
 from ascend_nb.comparing import compare, read_result
@@ -32,10 +32,10 @@ def test_wilson_and_mcnemar_are_scipys():
         ci = binomtest(k, n).proportion_ci(method="wilson")
         assert wilson(k, n) == pytest.approx((ci.low, ci.high), abs=1e-6)
     rng = random.Random(3)
-    for n in (10, 60, 400, 3000):
+    for n in (10, 60, 400, 3000, 40000):
         a, b = ([int(rng.random() < p) for _ in range(n)] for p in (.4, .5))
         only_a, only_b, p = mcnemar(a, b)
-        assert only_a == sum(x and not y for x, y in zip(a, b, strict=True)) and p == pytest.approx(binomtest(only_b, only_a + only_b).pvalue, rel=0.1 if n > 2000 else 1e-9)
+        assert only_a == sum(x and not y for x, y in zip(a, b, strict=True)) and p == pytest.approx(binomtest(only_b, only_a + only_b).pvalue, rel=1e-9)
     assert mcnemar([1, 0], [1, 0]) == (0, 0, 1.0)
 
 
@@ -150,6 +150,106 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(room, args, capsys):
 def test_a_task_with_one_protocol_says_so(room, capsys):
     out = run(EvalConfig(str(room / "base"), str(room / "eval"), "mmlu_continuation", "modellink", num_fewshot=0, limit=1, device="cpu"), json=True)
     assert out["protocol"] == {"mmlu_continuation": "lm-eval"} and "mmlu_continuation has the protocol lm-eval only" in capsys.readouterr().err
+
+
+def main(*args):
+    from ascend_nb.cli import main as cli
+
+    return cli([str(a) for a in args])
+
+
+@pytest.fixture
+def asked(room, tmp_path):
+    "A folder like base with other files in it -> `evaluate` on it."
+    import shutil
+
+    def ask(*args, positions=None, template=None, tokenizer=None, task="boolq"):
+        to = tmp_path / "other"
+        shutil.copytree(room / "base", to, dirs_exist_ok=True)
+        if positions: (to / "config.json").write_text(json.dumps(json.loads((to / "config.json").read_text()) | dict(max_position_embeddings=positions)))
+        if template: (to / "chat_template.jinja").write_text(template)
+        if tokenizer: (to / "tokenizer.json").write_text(tokenizer((to / "tokenizer.json").read_text()))
+        return main("evaluate", "--model", to, "--data-path", room / "eval", "--task", task, "--limit", 3, "--device", "cpu", "--output", tmp_path / "r.json", *args)
+
+    return ask
+
+
+def other_ids(text): # the same pieces, with other numbers: the tokenizer of another model
+    d = json.loads(text)
+    d["model"]["vocab"] = {k: 0 if v == 0 else v + 500 for k, v in d["model"]["vocab"].items()}
+    return json.dumps(d)
+
+
+NOBODY = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+REFUSES = "{% for m in messages %}{% if m.role != 'user' %}{{ raise_exception('users only') }}{% endif %}{{ m.content }}{% endfor %}"
+ODD = {"too long": (dict(positions=16), (), "Found 3 of 3 prompts that are too long: the longest (question 0) has"), "answer too long": (dict(positions=30, task="mmlu"), ("--protocol", "modellink", "--num-fewshot", 1), "with its answer; expected at most 30, the model's length: it is too long by"),
+       "foreign tokenizer": (dict(tokenizer=other_ids), (), "rows of the model's embedding. Use the tokenizer that the model was trained with"),
+       "foreign tokenizer, written": (dict(tokenizer=other_ids, task="mmlu"), ("--protocol", "modellink", "--num-fewshot", 1), "rows of the model's embedding. Use the tokenizer that belongs to the model"),
+       "no assistant": (dict(template=NOBODY), ("--chat", "true"), "expected a place for the role assistant"), "assistant refused": (dict(template=REFUSES), ("--protocol", "modellink"), "expected a place for the role assistant"),
+       "unknown prompt type": ({}, ("--prompt-type", "chatm"), "Did you mean"), "no special tokens for it": ({}, ("--prompt-type", "qwen"), "in the vocabulary of")}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_a_model_that_does_not_fit_is_one_sentence_and_exit_code_2(asked, case, capsys, tmp_path):
+    how, args, sentence = ODD[case]
+    assert asked(*args, **how) == 2
+    err = capsys.readouterr().err.strip()
+    assert sentence in err and err.count("ascend_nb: ") == 1 and not (tmp_path / "r.json").exists()
+
+
+def test_truncate_asks_all_the_same(asked, capsys, tmp_path):
+    assert asked("--truncate", "true", positions=16) == 0
+    assert "cut from the left" in capsys.readouterr().err and len((tmp_path / "samples_boolq.jsonl").read_text().splitlines()) == 3
+
+
+def test_worked_examples_become_turns(room, tmp_path):
+    from ascend_nb.asking import context
+    from ascend_nb.tasks import load_task
+    from ascend_nb.tokenizers import load_tokenizer
+
+    item, tok = load_task("mmlu", room / "eval", 1, protocol="modellink")[1], load_tokenizer(room / "base")
+    head, question = "The following are multiple choice questions (with answers) about  anatomy.\n\n", "{}\nA. {}\nB. {}\nC. {}\nD. {}\nAnswer:"
+    shot, ask = (question.format(r[0].strip(), *r[1:5]) for r in (AWKWARD[-1], AWKWARD[1]))
+    want = f"Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n### Instruction:\n{head}{shot}\n\n### Response:\n{AWKWARD[-1][5]}\n\n### Instruction:\n{ask}\n\n### Response:\n" # as Alpaca publishes its form
+    assert tok.decode(context(tok, item, dict(prompt_type="alpaca")), skip_special=True) == want
+    assert "".join([item.turns[0], " ", item.turns[1], "\n\n", item.turns[2]]) == item.prompt
+
+
+def test_megatron_checkpoints_and_adapters_are_asked_too(room, tmp_path):
+    "A checkpoint for two ranks scores as the model it came from; an adapter of peft's as the model that peft merged it into."
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    assert main("convert", room / "base", tmp_path / "mg", "--to", "mcore", "--tp", 2) == 0
+    torch.manual_seed(0)
+    peft = get_peft_model(AutoModelForCausalLM.from_pretrained(room / "base", dtype=torch.float32), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    peft.save_pretrained(tmp_path / "lora")
+    peft.merge_and_unload().save_pretrained(tmp_path / "merged")
+    save_bpe(tmp_path / "merged", bos=True)
+
+    def scores(name, *args):
+        assert main("evaluate", "--data-path", room / "eval", "--task", "boolq", "--device", "cpu", "--output", tmp_path / f"{name}/r.json", *args) == 0
+        return [json.loads(x)["logprobs"] for x in (tmp_path / f"{name}/samples_boolq.jsonl").read_text().splitlines()]
+
+    base = scores("a", "--model", room / "base")
+    assert scores("b", "--model", tmp_path / "mg", "--tokenizer-name-or-path", room / "base") == [pytest.approx(x, abs=1e-4) for x in base]
+    tuned = scores("c", "--model", room / "base", "--lora-load", tmp_path / "lora")
+    assert tuned == [pytest.approx(x, abs=1e-4) for x in scores("d", "--model", tmp_path / "merged")] and tuned[0] != pytest.approx(base[0], abs=1e-2)
+    assert main("evaluate", "--data-path", room / "eval", "--task", "boolq", "--model", tmp_path / "mg", "--device", "cpu") == 2
+
+
+def test_modellink_asks_in_the_template_and_names_its_defects(asked, capsys, tmp_path):
+    template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
+    for protocol, chat in (("modellink", True), ("lm-eval", False)):
+        assert asked("--protocol", protocol, "--num-fewshot", 0, template=template, task="mmlu") == 0
+        saved = json.loads((tmp_path / "r.json").read_text())
+        assert saved["chat"] == {"mmlu": chat} and saved["protocol"] == {"mmlu": protocol}
+        assert {n: d["repeated"] for n, d in saved["defects"]["mmlu"].items()} == ({"mmlu_bar_is_letter": False, "mmlu_random_shots": False, "errors_are_logged": False, "path_by_substring": False} if chat else {})
+        assert ("of its known defects none repeated" in (err := capsys.readouterr().err)) == chat and "found 2 of 57 subjects" in err
+    assert asked("--protocol", "modellink", "--num-fewshot", 0, "--chat", "false", "--defects", "mmlu_bar_is_letter", template=template, task="mmlu") == 0
+    saved = json.loads((tmp_path / "r.json").read_text())
+    assert saved["chat"] == {"mmlu": False} and saved["defects"]["mmlu"]["mmlu_bar_is_letter"]["repeated"] and "mmlu_bar_is_letter repeated" in capsys.readouterr().err
 
 
 def test_chat_puts_each_prompt_into_the_template(room, tmp_path):

@@ -1,4 +1,5 @@
 """A run that goes on with fewer hosts, and with more again: the same steps, the same samples, each once."""
+import json
 import os
 import signal
 import socket
@@ -17,6 +18,7 @@ from ascend_nb.config import DataConfig, ModelConfig, ParallelConfig, RunConfig,
 from ascend_nb.core import UserError
 from ascend_nb.datasets import Loader
 from ascend_nb.guarding import GuardConfig
+from ascend_nb.mesh import launch
 from ascend_nb.schema import dump_yaml
 from ascend_nb.spread import with_copies
 from ascend_nb.training import find_resume
@@ -35,6 +37,58 @@ def test_each_sample_once_whatever_the_number_of_processes(worlds):
         some, consumed = steps(world, 2, 8, consumed)
         out += some
     assert out == [list(range(8 * i, 8 * i + 8)) for i in range(9)]
+
+
+SPY = """
+import json, os, sys
+from ascend_nb.cli import main
+from ascend_nb.datasets import Loader
+from ascend_nb.parallel_trainer import ParallelTrainer
+read, step, ids = Loader.__next__, ParallelTrainer.one_step, []
+
+class Seen:
+    def __init__(self, data): self.data = data
+    def __len__(self): return len(self.data)
+    def __getattr__(self, name): return getattr(self.data, name)
+    def __getitem__(self, i): ids.append(i); return self.data[i]
+
+def spied(self):
+    if not isinstance(self.dataset, Seen): self.dataset = Seen(self.dataset)
+    return read(self)
+
+def logged(self):
+    ids.clear()
+    step(self)
+    if self.mesh.tp == 0:
+        with open(FILE, "a") as f: f.write(json.dumps([self.step, self.mesh.sizes.data, ids]) + "\\n")
+
+Loader.__next__, ParallelTrainer.one_step = spied, logged
+if code := main(["train", *WORDS]): os._exit(code)
+"""
+
+
+@pytest.mark.slow
+def test_the_samples_of_each_step_are_the_same_whatever_the_number_of_processes(tmp_path, samples):
+    "Real runs: four data parallel processes until step 4, one with half a model in each of two until 8, one alone until 12. The numbers of the samples are written down where they are read."
+    def go(save, n, *flags):
+        words = ["--data-path", samples / "tales.jsonl", "--tokenizer-name-or-path", samples / "tokenizer", "--data-cache-path", tmp_path / "cache", "--seq-length", "64", "--split", "100,0,0", "--hidden-size", "48",
+                 "--num-hidden-layers", "2", "--num-attention-heads", "2", "--num-key-value-heads", "2", "--train-iters", "12", "--micro-batch-size", "2", "--global-batch-size", "8", "--lr", "3e-3", "--device", "cpu", "--save", tmp_path / save, *flags]
+        outs = launch(SPY.replace("FILE", repr(str(tmp_path / f"{save}.jsonl"))).replace("WORDS", repr([str(w) for w in words])), n, 240)
+        assert RunDir(tmp_path / save).steps(), outs
+    go("calm", 1)
+    go("spread", 4, "--inject", "term:rank=2,step=4")
+    go("spread", 2, "--tensor-model-parallel-size", "2", "--inject", "term:rank=0,step=8")
+    go("spread", 1)
+    seen, worlds = {}, {}
+    for name in ("calm", "spread"):
+        for step, world, ids in map(json.loads, (tmp_path / f"{name}.jsonl").read_text().splitlines()):
+            seen.setdefault((name, step), []).extend(ids)
+            worlds.setdefault(name, {})[step] = world
+    assert list(worlds["spread"].values()) == [4] * 4 + [1] * 8 and set(worlds["calm"].values()) == {1}
+    a, b = ([sorted(seen[name, step]) for step in range(1, 13)] for name in ("calm", "spread"))
+    assert a == b and sorted(i for x in b for i in x) == list(range(96)), "each of 12 x 8 samples once, in its step"
+    x, y = ([r["loss"] for r in RunDir(tmp_path / name).rows() if "loss" in r] for name in ("calm", "spread"))
+    assert len(x) == len(y) == 12 and max(abs(p - q) for p, q in zip(x, y, strict=True)) < 1e-5
 
 
 def test_a_batch_that_fits_no_more_is_refused(tmp_path, samples):

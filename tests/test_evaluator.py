@@ -194,6 +194,24 @@ def test_the_cost_of_an_accelerators_pass_changes_the_plan_only(tiny, files, mon
     assert sum(b == 1 for b, _ in calls) <= 2, "questions were read one by one"
 
 
+@pytest.mark.parametrize("slots", [1, 3, 8])
+def test_answers_side_by_side_are_those_of_one_by_one(tiny, slots):
+    "Prompts of 3 to 700 tokens, answers of 1 to 24: each text is what the model writes when it is asked nothing else."
+    from ascend_nb.config import SampleConfig
+    from ascend_nb.generate import generate, prompt_ids
+    from ascend_nb.writing import batch_for, write_answers
+
+    model, tok, _ = tiny
+    text = " ".join(" ".join(r) for r in AWKWARD)
+    prompts, stop = ["多行\n问题 " * (i % 3) + text[:n] for i, n in enumerate((3, 300, 40, 700, 41, 302, 9, 160, 5, 80))], ("e", "\n", "\ufffd\ufffd")
+    alone = [generate(model, tok, p, SampleConfig(max_new_tokens=24, stop=list(stop))) for p in prompts]
+    seen = []
+    batch = batch_for(model, slots)
+    count, batch.step = batch.step, lambda: seen.append(len(batch.rows)) or count()
+    together = write_answers(model, tok, [prompt_ids(tok, p) for p in prompts], 24, stop, batch=batch)
+    assert together == alone and min(slots, 5) <= max(seen) <= slots and len(set(map(len, alone))) > 3
+
+
 def test_stderrs_are_lm_evals():
     from lm_eval.api import metrics
 

@@ -3,11 +3,10 @@ import json
 import os
 import random
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
+from here import ascend
 
 from ascend_nb.config import SampleConfig
 from ascend_nb.core import UserError
@@ -188,7 +187,6 @@ def test_stop_words_never_show():
         assert text.startswith(shown + (stop.found or "")) and (stop.found or shown == text)
 
 
-CODE = "import sys; from ascend_nb.cli import main; sys.exit(main(['generate', *sys.argv[1:]]))"
 
 
 # ---- the command, with a model of a few kilobytes
@@ -207,8 +205,7 @@ def folder(samples, tmp_path_factory):
 
 
 def command(*args, stdin="", lang="en"):
-    env = {**os.environ, "ASCEND_NB_LANG": lang}
-    return subprocess.run([sys.executable, "-c", CODE, *map(str, args)], input=stdin, capture_output=True, text=True, encoding="utf-8", env=env)
+    return ascend("generate", *args, stdin=stdin, env={"ASCEND_NB_LANG": lang})
 
 
 def test_the_command_prints_the_continuation_alone(folder):

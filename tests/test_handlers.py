@@ -312,7 +312,7 @@ WRONG = [ # handler, row, what is said
                                           rejected_messages=[dict(role="user", content="q"), dict(role="assistant", content="a")]), "the same answer .*column 'rejected_messages'"),
     ("AlpacaStylePairwiseHandler", dict(instruction="q", output=["a"]), "column 'output' .*better, worse"),
     ("SharegptStylePairwiseHandler", share(("human", "q"), ("gpt", "a"), chosen="a", rejected="b"), "'gpt' last in column .*expected 'human' or 'observation' last"),
-    ("SharegptStylePairwiseHandler", share(("human", "q"), chosen="a"), "column 'rejected' of row 2 .*an answer"),
+    ("SharegptStylePairwiseHandler", share(("human", "q"), chosen="a"), "no answer in column 'rejected' of row 2"),
     ("SharegptStylePairwiseHandler", dict(chosen=[dict(role="user", content="q"), dict(role="assistant", content="a")],
                                           rejected=[dict(role="user", content="other"), dict(role="assistant", content="a")]), "other messages than in chosen in column 'rejected'"),
 ]

@@ -208,7 +208,7 @@ def state(names):
     except UserError: return None
 
 
-@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("kept", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_killed_between_the_final_names_over_an_older_set(tmp_path, kept):
     "Old, new or refused, never a mixture; the next run makes it whole, whatever it was."
     def write(ids):

@@ -127,8 +127,7 @@ def test_orders(tmp_path, shuffle, full):
 # Packing ------------------------------------------------------------------------------------------
 
 def decoder(vocab=64, **kw):
-    return Decoder(ModelConfig(vocab_size=vocab, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
-                               initializer_range=.2, **kw)).init_weights(1)
+    return Decoder(ModelConfig(**{**dict(vocab_size=vocab, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, initializer_range=.2), **kw})).init_weights(1)
 
 
 def loss_of(model, batches):
@@ -165,6 +164,23 @@ def test_packing_changes_no_loss_and_no_gradient(tmp_path, seq_length, window):
     np.testing.assert_allclose(together, apart, rtol=1e-5)
     crossing = loss_of(model, [collate_sft(0, 1)([Sample(b.ids, b.labels)]) for b in bins])
     assert not np.allclose(crossing, apart, rtol=1e-3), "if they saw each other it would be another"
+
+
+KINDS = dict(plain={}, window=dict(sliding_window=5), alibi=dict(position_embedding="alibi", norm_type="layernorm", mlp_gated=False, num_key_value_heads=4), learned=dict(position_embedding="learned"),
+             capped=dict(attn_logit_softcapping=5.), stretched=dict(rope_scaling=dict(rope_type="dynamic", factor=4.), max_position_embeddings=16))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("packed", [False, True])
+def test_rows_without_their_padding_have_the_same_loss_and_gradient(tmp_path, kind, packed):
+    "A step of rows end to end against the padded batch, of single conversations and of bins; fewer positions are computed."
+    data, model = SFTDataset(chats(tmp_path), 32), decoder(**KINDS[kind])
+    if packed: data = PackedDataset(data)
+    batches = [collate_sft(0, 1 if kind == "stretched" else 4, joins=True)([data[i] for i in range(a, min(a + 4, len(data)))]) for a in range(0, len(data), 4)]
+    joined = [b.joined() for b in batches]
+    np.testing.assert_allclose(loss_of(model, joined), loss_of(model, batches), rtol=2e-5)
+    assert all(j.input_ids.shape == (1, b.positions) and j.cu_seqlens[-1] == b.positions for b, j in zip(batches, joined, strict=True) if j is not b)
+    assert any(b.positions < b.input_ids.numel() for b in batches) and collate_sft(0, 4)([data[0], data[1]]).joined().input_ids.shape[0] == 2, "only where it was asked for"
 
 
 def test_every_epoch_holds_every_conversation_once_and_in_other_bins(tmp_path):

@@ -9,6 +9,8 @@ import torch
 import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from test_converters import go
+from test_lora import WORDS, train_ranks
 from test_parallel import case, run, same
 from test_spread_generate import run as run_words
 from test_spread_generate import same as same_words
@@ -17,8 +19,9 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.neftune import neftune_post_forward_hook
 
 from ascend_nb import chat, cli, preprocess, training
+from ascend_nb.adapter_files import load_adapter
 from ascend_nb.adapter_runs import base_model, write_base
-from ascend_nb.adapters import pairs
+from ascend_nb.adapters import LoraSpec, pairs
 from ascend_nb.config import ChatConfig, DataConfig, ModelConfig, PreprocessConfig, RunConfig, TrainConfig, TuneConfig
 from ascend_nb.core import UserError
 from ascend_nb.hf_format import load_model, save_model
@@ -39,7 +42,7 @@ def lora(tune, *args, **kw): return dict(case(*args, **kw), tune=tune)
 def test_a_few_grids_in_two_processes(tmp_path):
     "Gradients, then ten steps; and a run that goes on in another grid."
     same(run([lora(ALL, "dense", tp=2, sp=True), lora(dict(ALL, use_dora=True), "llama", tp=2), lora(ALL, "moe", ep=2), lora(dict(ALL, lora_modules_to_save=["embed_tokens"]), "dense", pp=2, tp=1),
-              lora(ALL, "mla", zero=2), *(lora(dict(SOME, loraplus_lr_ratio=4.), "dense", kind="curve", steps=10, **kw) for kw in (dict(tp=2), dict(), dict(pp=2))),
+              lora(ALL, "mla", zero=2), lora(ALL, "dense", packed="ragged", tp=2, sp=True), lora(ALL, "dense", packed="ragged", pp=2), *(lora(dict(SOME, loraplus_lr_ratio=4.), "dense", kind="curve", steps=10, **kw) for kw in (dict(tp=2), dict(), dict(pp=2))),
               *(lora(dict(neftune_noise_alpha=9.), "dense", kind="curve", steps=4, **kw) for kw in (dict(tp=2, sp=True), dict(pp=2)))], 2))
 
 
@@ -52,6 +55,7 @@ MATRIX = {
     "parts": [lora(ALL, s, zero=z) for s, z in (("dense", 0), ("moe", 2), ("mla", 3), ("gpt2", 1))] + [lora(ALL, "dense", packed=True, cp=4), lora(ALL, "mla", cp=2, tp=2), lora(ALL, "dense", host=True, zero=2)],
     "again": [lora(ALL, "dense", recompute="full", tp=2, sp=True, zero=3), lora(ALL, "moe", recompute="selective", act=True, ep=2), lora(ALL, "dense", recompute="full", pp=2, swap=True)],
     "curves": [lora(dict(SOME, loraplus_lr_ratio=4.), s, kind="curve", steps=10, **kw) for s, kw in (("dense", dict(tp=2)), ("dense", dict(tp=2, pp=2)), ("llama", dict(zero=3)), ("moe", dict(ep=2, tp=2)), ("dense", dict(off=True, tp=2)))] + [lora(ALL, "mla", kind="curve", steps=10, tp=2)],
+    "ragged": [lora(ALL, "llama", packed="ragged", **kw) for kw in (dict(tp=2, sp=True), dict(pp=2, tp=2), dict(pp=2, vp=1), dict(zero=3), dict(cp=2), dict(cp=2, algo="megatron_cp_algo"))] + [case("mla", packed="ragged", ep=2, tp=2), case("bloom", packed="ragged", tp=2), case("dense", packed="ragged", pp=4)],
     "16 bits": [lora(ALL, s, kind="curve", steps=5, dtype=d, **kw) for d in ("bf16", "fp16") for s, kw in (("dense", dict(tp=2, pp=2, sp=True)), ("mla", dict(zero=3)))],
 }
 
@@ -191,6 +195,26 @@ def test_an_adapter_goes_on_and_a_run_is_a_model(home, tmp_path):
     training.run(asks(home, tmp_path / "three", dict(), train_iters=1, lr=0., load=str(tmp_path / "two")), json=True)
     ids = torch.arange(40).reshape(2, 20) * 7 % 90
     with torch.no_grad(): assert torch.allclose(load_model(tmp_path / "three/hf")(ids), load_model(tmp_path / "two/hf")(ids), atol=1e-6)
+
+
+@pytest.mark.parametrize(("style", "flags", "alone"), [("legacy", "--tp 2 --pp 2", True), ("mcore", "--tp 2", False)])
+def test_an_adapter_in_megatrons_ranks_goes_on_as_its_peft_form(home, tmp_path, style, flags, alone, capfd):
+    "The same logits as peft's, the same losses as a run from peft's folder; another rank is one sentence."
+    go(home / "base", tmp_path / "mg", "--to", style, flags)
+    train_ranks(tmp_path / "mg", tmp_path / "lora", tmp_path / "merged", style, alone=alone)
+    go(tmp_path / "mg", tmp_path / "peft", "--to hf --save-lora-to-hf --lora-r 4 --lora-alpha 8 --lora-load", tmp_path / "lora", "--hf-config", home / "base")
+    ids = torch.arange(40).reshape(2, 20) * 7 % 90
+    with torch.no_grad():
+        theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(home / "base", dtype=torch.float32), tmp_path / "peft").eval()(ids).logits
+        ours = load_model(home / "base")
+        plain = ours(ids)
+        load_adapter(ours, tmp_path / "lora", spec=LoraSpec(r=4, alpha=8))
+        assert (ours(ids) - theirs).abs().max() < 1e-5 * theirs.abs().max() < 1e-3 * (plain - theirs).abs().max()
+    told = dict(lora_r=4, lora_alpha=8., lora_target_modules=WORDS[style])
+    for name in ("lora", "peft"): training.run(asks(home, tmp_path / f"from {name}", dict(told, lora_load=str(tmp_path / name)), train_iters=3), json=True)
+    a, b = ([r["loss"] for r in rows(tmp_path / f"from {name}")] for name in ("lora", "peft"))
+    assert max(abs(x - y) for x, y in zip(a, b, strict=True)) < 1e-5 and a[0] != a[2]
+    with pytest.raises(UserError, match=r"Found rank 4 for .*lora_A.* expected 8"): training.run(asks(home, tmp_path / "x", dict(told, lora_r=8, lora_load=str(tmp_path / "lora")), train_iters=3), json=True)
 
 
 BAD = {

@@ -152,7 +152,8 @@ def test_killed_between_any_two_renames(chats, tok, calm, web, shared_data, tmp_
     same(calm, "neat", tmp_path, finish(start(cfg)))
 
 
-@pytest.mark.parametrize("n_subs", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("n_subs", [1, 3])
 def test_killed_at_random_moments(web, chats, shared_data, tok, calm, tmp_path, n_subs):
     "From outside, again and again, until a run gets through; with parts, all of them die."
     cfg, rng, kills = dict(kinds(web, chats, shared_data, tok, tmp_path / "out")["text"], n_subs=n_subs), random.Random(n_subs), 0

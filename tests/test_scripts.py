@@ -11,18 +11,18 @@ import sys
 import pytest
 import yaml
 from conftest import ROOT
+from here import ascend
 
 from ascend_nb import config
 from ascend_nb.core import UserError
 from ascend_nb.flag_table import CONFIGS, KINDS, Flags, find_row, flag_file, flag_table, words_to_flags
 from ascend_nb.launch_scripts import launches, read_script, whole_sum
 from ascend_nb.schema import from_dict, knobs, parse_args, to_dict
-from ascend_nb.scripts import config_of, draft_of, import_text, train_words, yaml_text
+from ascend_nb.scripts import config_of, draft_of, grid_notes, import_text, train_words, yaml_text
 
 SAMPLE = ROOT / "data_samples" / "pretrain_tales_ptd.sh"
 
 
-def ascend(*args, **kw): return subprocess.run([sys.executable, "-m", "ascend_nb.cli", *map(str, args)], capture_output=True, text=True, **kw)
 
 
 # Each piece of bash is also run by bash itself, with programs that print their arguments.
@@ -36,6 +36,8 @@ PIECES = {
     "array's length and elements": "IPS=('h1' 'h2' 'h3')\ntorchrun --nnodes ${#IPS[@]} a.py ${IPS[0]} ${IPS[2]}",
     "defaults": "X=4\nE=\ntorchrun a.py ${X:-5} ${Y:-6} ${E:-7} ${E-8} ${Z:=9} $Z${X}",
     "quotes": "A='$HOME \"x\"'\nB=\"it's $((1+1))\"\ntorchrun a.py \"$A\" \"$B\" --k='{\"a\": \"b c\"}' \"\" x\\ y",
+    "string as an array": 'A="--one 1   --two"\nB=("c d" e)\ntorchrun ${A[@]} a.py ${B[@]} "${A[@]}" ${A[*]}',
+    "defaults in a sum": 'N=5000\nE=\ntorchrun a.py $(( ${N:-0} / 100 )) $((${M:-8} * N)) $((${E:-3} + ${N} - 1))',
     "growing value": 'D=""\nD=" --a ${D}"\nD=" --b=$D"\nD+=" --c"\ntorchrun a.py $D',
     "here-document": 'cat <<EOT > /dev/null\n{ "x": "$Y" }\ntorchrun never.py\nEOT\ntorchrun a.py --one',
     "glued quotes": 'A="\n --path "configs/a.yaml" \\\n --b "\ntorchrun a.py $A',
@@ -114,7 +116,7 @@ def test_broken_scripts_are_told_and_never_hang(end):
 def test_every_row_is_sound():
     data, names = flag_file(), {".".join((*k.path, k.name)) for k in knobs(config.RunConfig)}
     listed = [*data["same"].split(), *data["becomes"], *(f for kind in KINDS[2:] for g in data[kind] for f in g["flags"].split())]
-    listed += [a[2:].partition("=")[0] for k in knobs(config.RunConfig) for a in k.flags if a[2:].partition("=")[0] != "use-distributed-optimizer"] # aliases need no line
+    listed += [a[2:].partition("=")[0] for k in knobs(config.RunConfig) for a in k.flags if a[2:].partition("=")[0] not in ("use-distributed-optimizer", "enable-high-availability")] # aliases need no line, but for two that a rule looks at
     twice = {f for f in listed if listed.count(f) > 1}
     assert not twice, f"in two places: {twice}"
     for row in flag_table().values():
@@ -211,12 +213,25 @@ def test_our_own_flags_stay_as_they_are():
     assert train_words(argv) == argv
 
 
+@pytest.mark.parametrize(("flags", "twice", "retries"), [
+    ("--enable-high-availability", True, 0), ("--distributed-optimizer-no-replica --enable-high-availability", False, 0), ("--distributed-optimizer-no-replica", False, 0),
+    ("--enable-high-availability --enable-optimizer-state-local-copy --enable-hbmfault-repair --enable-worker-reboot --enable-elastic-training", True, 3)])
+def test_high_availability(flags, twice, retries, capfd):
+    "MindSpeed-LLM's switches: what lives twice, what is done again; what torchrun does is told."
+    for more in ("", " --use-distributed-optimizer"):
+        guard = parse_args(config.RunConfig, train_words(f"--data-path x {flags}{more}".split())).guard
+        assert (guard.replicate_optimizer, guard.step_retries, guard.step_copy) == (twice, retries, True)
+    assert ("--enable-worker-reboot --enable-elastic-training" in capfd.readouterr().err) == ("reboot" in flags)
+    assert "--max-restarts" in find_row("enable-worker-reboot").note and "--nnodes MIN:MAX" in find_row("enable-elastic-training").note
+
+
 @pytest.mark.parametrize("text,words", [
     ("echo nothing\n", "no command"),
     ("torchrun other.py --lr 1\n", "other.py"),
     ("torchrun pretrain_gpt.py --num-layers four\n", "four"),
     ("torchrun pretrain_gpt.py --num-layers 2 --hidden-size 64 --num-attention-heads 4 --micro-batch-size 0\n", "micro_batch_size"),
     ("torchrun posttrain_gpt.py --stage ray_grpo --num-layers 2 --hidden-size 64 --num-attention-heads 4\n", "PPO, GRPO"),
+    ("torchrun posttrain_gpt.py --stage gspo --is-pairwise-dataset --num-layers 2 --hidden-size 64 --num-attention-heads 4\n", "Found --stage gspo"),
     ("torchrun pretrain_gpt.py --num-layers 2 --hidden-size 64 --num-attention-heads 4 --position-embedding-type rope\n", "no family"),
     ("torchrun train_fsdp2.py a.yaml\n", "no counterpart"),
     ("torchrun inference.py --task beam_serch --load m\n", "beam_search"),
@@ -259,6 +274,32 @@ def test_preference_scripts_become_a_config(rl, want):
     have = {**to_dict(one.cfg)["tune"], **to_dict(one.cfg)["train"]}
     assert {k: have[k] for k in want} == want and one.cfg.data.variable_seq_lengths and one.unknown == [] and not one.heavy
     assert one.cfg.parallel.pipeline_model_parallel_size == 2 and "ascend_nb.cli train" in yaml_text(one)
+
+
+def test_a_script_of_strings_used_as_arrays_is_the_same_script():
+    "MindSpeed-LLM's own tests write ${GPT_ARGS[@]} for a string."
+    plain = DPO.replace("{rl}", "--stage orm").replace("{pp}", "1")
+    loose = re.sub(r"\$((DISTRIBUTED|GPT|DATA|RL|OUTPUT)_ARGS)", r"${\1[@]}", plain)
+    one = import_text(loose)
+    assert loose.count("[@]") == 5 and to_dict(one.cfg) == to_dict(import_text(plain).cfg) and (one.cfg.train.stage, one.launch.world) == ("rm", 2)
+
+
+@pytest.mark.parametrize(("rl", "pp", "more", "why"), [
+    ("--stage orm", "2", "", "pipeline_model_parallel_size=2 with stage=rm"), ("--stage dpo", "1", "--context-parallel-size 2", "context_parallel_size=2 with stage=dpo"),
+    ("--stage dpo --dpo-loss-type ipo --dpo-label-smoothing 0.1", "1", "", "label_smoothing=0.1 with loss=ipo"), ("--stage dpo --ref-model REF --dpo-ftx 0.5", "2", "", ""),
+], ids=["orm pp", "dpo cp", "ipo", "fits"])
+def test_what_train_refuses_of_a_stage_is_told_with_the_yaml(rl, pp, more, why):
+    one = import_text(DPO.replace("{rl}", f"{rl} {more}").replace("{pp}", pp))
+    told = [x for x in grid_notes(one) if "will refuse this" in x]
+    assert len(told) == bool(why) and all(why in x for x in told) and all(x in yaml_text(one) for x in told)
+    assert why or one.cfg.tune.pref_ftx == .5 and any("ref_model must be a Hugging Face folder" in x and "convert REF " in x for x in one.notes)
+
+
+def test_an_adapter_in_the_folder_of_the_run_is_the_run_itself():
+    "ModelLink's LoRA-DPO scripts name one folder for --save and --lora-load."
+    one, apart = (import_text(DPO.replace("{rl}", f"--stage dpo --lora-r 8 --lora-target-modules linear_qkv --lora-load {x}").replace("{pp}", "1")) for x in ("SAVE", "OTHER"))
+    assert one.cfg.tune.lora_load == "" and one.cfg.tune.lora_target_modules == ["linear_qkv"] and any("lora_load is left out" in x for x in one.notes)
+    assert apart.cfg.tune.lora_load == "OTHER" and any("OTHER is none where Megatron saved it" in x for x in apart.notes)
 
 
 def test_a_dpo_script_trains(tmp_path):

@@ -1,4 +1,5 @@
 """The stages that learn from pairs, through `train`: losses and steps of trl, the reference's file, going on bit for bit, reward models in transformers, mistakes."""
+import gc
 import json
 import os
 import random
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from here import ascend
 from safetensors.numpy import load_file
 from test_training import StopAt, contents, equal, finish, start
 
@@ -16,9 +18,11 @@ from ascend_nb.checkpoint import RunDir
 from ascend_nb.config import DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from ascend_nb.core import UserError
 from ascend_nb.families import FAMILIES
+from ascend_nb.model import Decoder
 from ascend_nb.preference import METRICS
 from ascend_nb.reference import read_reference
 from ascend_nb.reward import WITHOUT, check_reward
+from ascend_nb.schema import dump_yaml
 from ascend_nb.tuning import TuneConfig
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
@@ -176,6 +180,25 @@ def test_lora_needs_no_second_model(config):
     assert training.run(more, json=True)["first_loss"] == pytest.approx(np.log(2), abs=1e-5)
     apart = config("apart", load=base, tune=dict(lora_load=str(b / "adapter"), ref_model=base, dpo_beta=.5), train_iters=1)
     assert training.run(apart, json=True)["margin"] > .1
+
+
+class CountModels:
+    "How many decoders there are at each step that were not there before."
+    order = 90
+    def __init__(self): self.old, self.seen = self.all(), []
+    def all(self): gc.collect(); return [x for x in gc.get_objects() if issubclass(type(x), Decoder)]
+    def after_update(self, t): self.seen.append(sum(not any(m is o for o in self.old) for m in self.all()))
+
+
+@pytest.mark.parametrize("kind", ["lora", "ref_model"])
+def test_one_model_is_in_memory_while_training(config, kind):
+    "With an adapter, and where another model was the reference: it has been asked and is gone."
+    base = training.run(config("base", stage="simpo", train_iters=1), json=True)["hf"]
+    tune = dict(lora_target_modules=["all-linear"], lora_r=4) if kind == "lora" else dict(ref_model=base)
+    count = CountModels()
+    job = training.build(config(load=base, tune=tune, train_iters=3), callbacks=[count])
+    with job.run.lock(): training._fit(job)
+    assert count.seen == [1, 1, 1] and (job.run.path / "reference.safetensors").exists()
 
 
 def test_lora_goes_on_with_the_file_too(config):
@@ -349,8 +372,9 @@ def test_the_command_line_exits_with_2_and_names_idle_knobs(config, tmp_path):
     code, out, err = finish(start(config(train_iters=1, tune=dict(gamma_beta_ratio=.5)), tmp_path / "c.yaml"))
     assert code == 0 and out["accuracy"] is not None and "note      gamma_beta_ratio has no effect with stage=dpo" in err and "Reference" in err, err
     assert "pairs of answers of at most 128 tokens" in err
-    code, out, err = finish(start(config("bad", data=dict(packing=True)), tmp_path / "c.yaml"))
-    assert code == 2 and out is None and len(err.strip().splitlines()) == 1 and not (tmp_path / "bad").exists()
+    (tmp_path / "c.yaml").write_text(dump_yaml(config("bad", data=dict(packing=True))))
+    bad = ascend("train", "--config", tmp_path / "c.yaml", "--json")
+    assert bad.returncode == 2 and len(bad.stderr.strip().splitlines()) == 1 and not bad.stdout and not (tmp_path / "bad").exists()
 
 
 def test_a_step_that_is_not_finite_names_its_pair(config):

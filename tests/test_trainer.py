@@ -9,11 +9,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, get_scheduler
 from transformers import Trainer as HFTrainer
 
-from ascend_nb.callbacks import Checkpointer, Guards, StopOnSignal, Validation
+from ascend_nb.callbacks import Checkpointer, Guards, ProgressBar, StopOnSignal, Validation
 from ascend_nb.checkpoint import RunDir
 from ascend_nb.config import ModelConfig, TrainConfig
 from ascend_nb.core import UserError, seed_all
 from ascend_nb.datasets import Loader, Sample, collate_gpt, collate_sft
+from ascend_nb.last_breath import StepWatch
 from ascend_nb.losses import causal_lm_loss
 from ascend_nb.model import Decoder
 from ascend_nb.trainer import Callback, Trainer, Weights, lr_at, make_optimizer
@@ -298,6 +299,11 @@ def test_validation_does_not_touch_the_training():
 
 
 # ---- stopping
+
+def test_a_mistake_found_before_the_first_step_is_the_one_that_is_told():
+    "The bar and the watch behind the check have not begun: there is nothing of them to end."
+    with pytest.raises(UserError, match="no trained token to validate on"): trainer([Validation(), ProgressBar(), StepWatch(60)], eval_interval=2).fit()
+
 
 def test_the_second_ctrl_c_stops_at_once(tmp_path):
     class Twice(Callback):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from here import ascend
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -272,8 +273,9 @@ def test_the_command_line_says_what_it_chose_and_prints_the_result_alone(config,
     for line in ("device    cpu (asked for)", "dtype     torch.float32 (CPUs are slow in bf16)", "new weights, seed 1234", "2 samples x 2 micro-batches = 4", "3 steps, 12 samples, 768 tokens"):
         assert line in err, err
     bad = replace(cfg, data=replace(cfg.data, seq_length=999), train=replace(cfg.train, save=str(tmp_path / "bad")))
-    code, out, err = finish(start(bad, tmp_path / "c.yaml"))
-    assert code == 2 and out is None and len(err.strip().splitlines()) == 1 and not (tmp_path / "bad").exists()
+    (tmp_path / "c.yaml").write_text(dump_yaml(bad))
+    out = ascend("train", "--config", tmp_path / "c.yaml", "--json")
+    assert out.returncode == 2 and len(out.stderr.strip().splitlines()) == 1 and not out.stdout and not (tmp_path / "bad").exists()
 
 
 def test_two_trainings_do_not_share_a_folder(config):
