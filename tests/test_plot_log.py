@@ -2,6 +2,7 @@
 import contextlib
 import io
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -71,7 +72,11 @@ def test_the_command_and_its_exit_codes(baselines, tmp_path):
 
 def test_mistakes_of_both_commands_end_with_two(tmp_path, samples):
     (tmp_path / "a.log").write_text("nothing here\n")
-    for words, said in ((("plot-log",), "Found no log"), (("plot-log", tmp_path / "a.log"), "Found no step"), (("plot-log", tmp_path / "b.log"), "Found nothing at"), (("profile", tmp_path), "Found no profile"),
+    other = shutil.copytree(samples / "npu_profile", tmp_path / "other")
+    csv = other / "rank1_ascend_pt/ASCEND_PROFILER_OUTPUT/step_trace_time.csv"
+    csv.write_text(csv.read_text().replace("\n0,6,", "\n0,7,"))
+    (tmp_path / "empty").mkdir()
+    for words, said in ((("plot-log",), "Found no log"), (("plot-log", tmp_path / "a.log"), "Found no step"), (("plot-log", tmp_path / "b.log"), "Found nothing at"), (("profile", tmp_path / "empty"), "Found no profile"), (("profile", other), "Found other steps in rank 1 (5, 7)"), (("profile", samples / "npu_profile", "--perfetto", tmp_path / "p", "--steps", "9", "9"), "Found no step 9-9"),
                         (("profile", samples / "npu_profile", "--device", "atlas-a9"), "To add one")):
         out = shell(*words)
         assert out.returncode == 2 and said in out.stderr and out.stderr.count("\n") == 1, out
