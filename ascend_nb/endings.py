@@ -86,9 +86,12 @@ def is_lost(
     "Is it the echo of what went wrong elsewhere?"
     return isinstance(error, RuntimeError) and rank_info().world_size > 1 and any(x in str(error) for x in _LOST)
 
+_RUNG: list = [] # when this process has told the others: its own watch leaves it the time to keep its step and to say why
+
 def alarm() -> None:
     "The other processes end too, from now on; this one has something to do before it does."
     if (r := rank_info()).world_size == 1: return
+    _RUNG.append(time.monotonic())
     with suppress(UserError, RuntimeError): _wake(reach(r, timedelta(seconds=5)), r)
 
 # %% ../nbs/24a_endings.ipynb #794e8927
@@ -115,11 +118,14 @@ def quit_together(
 
 # %% ../nbs/24a_endings.ipynb #698b0569
 def _look(store, r: Rank, parent): # store: None in a world of one; parent: torchrun's process, None: there is none
+    leaving = None # a thread: the pulse goes on while a step is kept
     while r.world_size == 1 or dist.is_initialized():
         if parent is not None and os.getppid() != parent: quit_together(str(UserError("launcher_gone")) if r.is_main else "", 1, patience=1.)
         try:
             if store is not None: store.add(f"pulse/{r.rank}", 1)
-            if store is not None and store.check(["ended"]): quit_together()
+            if leaving is None and store is not None and store.check(["ended"]) and (not _RUNG or time.monotonic() - _RUNG[0] > 300):
+                leaving = threading.Thread(target=quit_together, daemon=True)
+                leaving.start()
         except RuntimeError:
             if parent is None: return # the store is gone with the world
             store = None

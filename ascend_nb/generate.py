@@ -227,6 +227,7 @@ messages(
     whole_only=("Found int8 weights for a model in several processes; expected one process. Leave --weights or the parallel sizes as they are.", "int8 权重仅支持单进程。请去掉 --weights 或并行规模参数。"),
 )
 
+# %% ../nbs/50_generate.ipynb #00fc7a2c
 def _megatron(path): return not (Path(path) / "config.json").is_file() and Path(path).is_dir() and SOURCES["mg"][0](Path(path))
 
 def _belongs(tokenizer, model): # entries that were added later may have no row: they are seldom used, and told then

@@ -40,12 +40,19 @@ from .tuning import DATA_OF
 from .watchers import watchers
 
 # %% ../nbs/43_training.ipynb #e35baefa
+def _by_itself(m: ModelConfig, key: str) -> bool:
+    "Would the key have its value without being asked for? A YAML file holds what was derived when it was written."
+    if key not in ModelConfig().reasons(): return False
+    try: return getattr(replace(m, **{key: 0}), key) == getattr(m, key)
+    except UserError: return False
+
+# %% ../nbs/43_training.ipynb #6353df62
 def _shape(cfg: RunConfig, tokenizer) -> ModelConfig:
     "The model's config: that of `load`, or the section `model` with the tokenizer's vocabulary and special ids."
     m = cfg.model
     if cfg.train.load:
         shape = config_from_hf(model_folder(cfg.train.load))
-        asked = {k: v for k, v in to_dict(m, changed=True).items() if k not in m.reasons() and v != getattr(shape, k)}
+        asked = {k: v for k, v in to_dict(m, changed=True).items() if v != getattr(shape, k) and not _by_itself(m, k)}
         if asked: raise UserError("other_shape", load=cfg.train.load, asked=", ".join(f"{k}={v} (there {getattr(shape, k)})" for k, v in asked.items()))
         return shape
     if not m.vocab_size and tokenizer is None: raise UserError("no_vocab")

@@ -131,8 +131,18 @@ def test_one_rank_alone_is_wrong(text, tmp_path, samples):
     World(tmp_path, program, train(text, tmp_path, samples)).told_once(r"^ascend_nb: \[rank 1\] .*--lrr")
 
 
-def test_a_mistake_of_one_rank_wakes_the_others_in_the_middle_of_a_step(text, tmp_path, samples):
-    program = odd_rank(tmp_path, """
+SLOW = """
+import ascend_nb.last_breath
+keep = ascend_nb.last_breath.write_breath
+def slowly(*a, **kw): time.sleep(5); return keep(*a, **kw)
+ascend_nb.last_breath.write_breath = slowly
+"""
+
+
+@pytest.mark.parametrize("slow", ["", pytest.param(SLOW, marks=pytest.mark.slow)], ids=["", "slow disk"])
+def test_a_mistake_of_one_rank_wakes_the_others_in_the_middle_of_a_step(text, tmp_path, samples, slow):
+    "Its sentence is told however long it takes to keep the last step."
+    program = odd_rank(tmp_path, slow + """
 import torch
 from ascend_nb.core import UserError
 from ascend_nb.parallel_trainer import ParallelTrainer
