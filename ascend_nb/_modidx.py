@@ -38,6 +38,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'ascend_nb.adapter_runs.base_mark': ('adapter_runs.html#base_mark', 'ascend_nb/adapter_runs.py'),
                                         'ascend_nb.adapter_runs.base_model': ('adapter_runs.html#base_model', 'ascend_nb/adapter_runs.py'),
                                         'ascend_nb.adapter_runs.check_base': ('adapter_runs.html#check_base', 'ascend_nb/adapter_runs.py'),
+                                        'ascend_nb.adapter_runs.check_named_base': ( 'adapter_runs.html#check_named_base',
+                                                                                     'ascend_nb/adapter_runs.py'),
                                         'ascend_nb.adapter_runs.fits': ('adapter_runs.html#fits', 'ascend_nb/adapter_runs.py'),
                                         'ascend_nb.adapter_runs.idle_tuning': ( 'adapter_runs.html#idle_tuning',
                                                                                 'ascend_nb/adapter_runs.py'),

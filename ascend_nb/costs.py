@@ -216,7 +216,7 @@ def _layer_peak(c, x, moe, device): # bytes above what was kept while backward i
 def _loss(c, x, s): # bytes at the loss: what its backward will need; and until then, logits of 256 tokens and the head's gradient
     T, H, B, V = x.tokens, c.hidden_size, s.B, c.vocab_size / np.asarray(x.tp)
     kept = 3 * T * H * B + B * s.words
-    return s.last * kept, s.last * (np.minimum(256, T) * V * (B + 4 + np.where(B < 4, B, 0)) + np.where(B < 4, 4, 0) * s.words)
+    return s.last * kept, s.last * (np.minimum(256, T) * V * (B + np.where(B < 4, 4 + B, 0)) + np.where(B < 4, 4, 0) * s.words)
 
 # %% ../nbs/55a_costs.ipynb #fe5ab4a5
 def _moments(c, n, x, stage, device): # list of dict: gathered, gradients, activations, workspace, loss

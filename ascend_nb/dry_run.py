@@ -100,7 +100,7 @@ MOST = 1 << 22 # numbers up to which whole numbers are computed really
 def _real(args): # whole numbers, or small constants, that lie in this process
     ts = [t for t in tree_leaves(args) if isinstance(t, torch.Tensor)]
     if not ts or any(isinstance(t, FakeTensor) or t.device.type != "cpu" or t.numel() > MOST for t in ts): return False
-    try: return torch.broadcast_shapes(*(t.shape for t in ts)).numel() <= MOST
+    try: return torch.broadcast_shapes(*(t.shape for t in ts)).numel() <= max(MOST >> 6, *(t.numel() for t in ts)) # no mask of all pairs
     except RuntimeError: return True # no operator on numbers side by side
 
 def _really(func, args, kw):

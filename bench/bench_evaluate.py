@@ -55,18 +55,18 @@ def folder_with(room, text):
     return room / "model"
 
 
-def sums():
+def sums(n):
     "Real questions of GSM8K where they are, else the quiz."
     file = DATA.parent.parent / "gsm8k/test.jsonl"
-    return load_task("gsm8k", file, 1, 12) if file.is_file() else load_task("mmlu", ROOT / "data_samples/town_quiz/test", 2, 6)
+    return load_task("gsm8k", file, 1, n) if file.is_file() else load_task("mmlu", ROOT / "data_samples/town_quiz/test", 2, 6)
 
 
-def written(folder, rounds, batch_size, most=48, until=("Question:", "\n\n")):
+def written(folder, rounds, batch_size, answers, most=48, until=("Question:", "\n\n")):
     "Seconds per answer: side by side, one by one, lm-eval's; how many texts are the same."
     real = os.environ.get("ASCEND_NB_SMOLLM2")
     folder = Path(real) if real else folder # answers of real weights end where they like
     model, tok, lm = load_model(folder), load_tokenizer(folder), HFLM(pretrained=LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32), tokenizer=AutoTokenizer.from_pretrained(folder), batch_size=batch_size, device="cpu")
-    items, took, same = sums(), [], 0
+    items, took, same = sums(answers), [], 0
     ids = [tok.encode(i.prompt, special=True) for i in items]
     sides = (lambda: write_answers(model, tok, ids, most, until, batch=batch_for(model, batch_size)), lambda: write_answers(model, tok, ids, most, until, batch=batch_for(model, 1)),
              lambda: lm.generate_until([Instance("generate_until", {}, (i.prompt, dict(until=list(until), max_gen_toks=most, do_sample=False)), 0) for i in items], disable_tqdm=True))
@@ -94,12 +94,14 @@ def main():
     cli.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES), help="which of them; the claim is the first")
     cli.add_argument("--batch-size", type=int, default=8)
     cli.add_argument("--written", type=int, default=1, help="rounds of written answers; 0: none")
+    cli.add_argument("--answers", type=int, default=12, help="how many are written in a round")
     args = cli.parse_args()
     took, worst, asked, same = {}, 0.0, 0, 0
     with tempfile.TemporaryDirectory() as d:
         folder = folder_with(Path(d), [i.prompt for i in questions("mmlu", 5, 0)])
-        model, tok = load_model(folder), load_tokenizer(folder)
-        lm = HFLM(pretrained=LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32), tokenizer=AutoTokenizer.from_pretrained(folder), batch_size=args.batch_size, device="cpu")
+        if args.rounds:
+            model, tok = load_model(folder), load_tokenizer(folder)
+            lm = HFLM(pretrained=LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32), tokenizer=AutoTokenizer.from_pretrained(folder), batch_size=args.batch_size, device="cpu")
         for _ in range(args.rounds):
             for case in args.cases:
                 task, shots = CASES[case]
@@ -112,8 +114,8 @@ def main():
                 worst = max(worst, *(abs(a - b[0]) for a, b in zip(ours, theirs, strict=True)))
                 for n in range(0, len(ours), 4): asked, same = asked + 1, same + (best(ours[n:n + 4]) == best([x for x, _ in theirs[n:n + 4]]))
                 took.setdefault(case, []).append(((middle - began) / len(items), (end - middle) / len(items)))
-        del model, lm
-        if args.written: written(folder, args.written, args.batch_size)
+        model = lm = None
+        if args.written: written(folder, args.written, args.batch_size, args.answers)
     if not took: return
     median = {case: [statistics.median(x) for x in zip(*rounds, strict=True)] for case, rounds in took.items()}
     ratio = {case: statistics.median(theirs / ours for ours, theirs in rounds) for case, rounds in took.items()}

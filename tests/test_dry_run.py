@@ -3,15 +3,18 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from ascend_nb.agree import agreement, farthest
+from ascend_nb.cli import main
 from ascend_nb.config import DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from ascend_nb.core import UserError
 from ascend_nb.dry_run import dry_run
+from ascend_nb.mesh import launch
 from ascend_nb.npu_kernels import KERNELS, _hidden
 
 T, P, C, E = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size", "expert_model_parallel_size"
@@ -71,7 +74,9 @@ import json, sys
 from ascend_nb.config import *
 from ascend_nb.config import DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from ascend_nb.agree import agreement, farthest
+from ascend_nb.cli import main
 from ascend_nb.dry_run import dry_run
+from ascend_nb.mesh import launch
 c = ModelConfig(vocab_size=32000, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8, tie_word_embeddings=False)
 p = ParallelConfig(tensor_model_parallel_size=8, pipeline_model_parallel_size=16, sequence_parallel=True)
 cfg = RunConfig(model=c, data=DataConfig(seq_length=4096), parallel=p, train=TrainConfig(micro_batch_size=1, global_batch_size=128, dtype="bf16"))
@@ -83,3 +88,43 @@ print(json.dumps(d.to_dict() | dict(far=farthest(agreement(cfg, d)))))
         assert out["seconds"] < 120 and out["rss"] < 4e9 and out["far"] < .05
         gathers = next(r for r in out["sends"] if (r["axis"], r["kind"]) == ("tp", "all-gather"))
         assert gathers["count"] == 16 * (5 * 4 + 1), "five layers enter two blocks forward and leave two backward; and one end of the model"
+
+
+MEASURED = {  # processes, micro-batches, ParallelConfig
+    "one": (1, 1, {}), "one, two micro-batches": (1, 2, {}), "one, again": (1, 2, dict(recompute_granularity="full")), "tp": (2, 1, {T: 2, **SP}), "zero 1": (2, 2, {}), "zero 2": (2, 2, dict(zero_stage=2)), "zero 3": (2, 1, dict(zero_stage=3)),
+    "pp": (2, 4, {P: 2}), "cp": (2, 1, {C: 2}), "tp pp": (4, 4, {T: 2, P: 2}), "dp tp": (4, 1, {T: 2, **SP}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", ["dense", "experts"])
+@pytest.mark.parametrize("layout", MEASURED)
+def test_real_memory_of_small_runs(tmp_path, shape, layout):
+    "What the allocator of each process really gave out, against what was played and what was foretold."
+    world, batches, parallel = MEASURED[layout]
+    model = dict(SHAPES[shape], hidden_size=256, intermediate_size=704) | (dict(moe_intermediate_size=352) if shape == "experts" else {})
+    cfg = config(model, world, batches, parallel, seq=512, dtype="fp32")
+    spec = json.dumps(dict(shape=model, parallel=parallel, seq=512, batches=batches))
+    outs = launch([Path(__file__).with_name("memory_worker.py"), spec], world)
+    assert all(code == 0 for code, _, _ in outs), [e[-800:] for _, _, e in outs]
+    real = {o["rank"]: o["peak"] for _, out, _ in outs for o in map(json.loads, filter(lambda s: s.startswith("{"), out.splitlines()))}
+    assert set(real) == set(range(world))
+    for rank in {0, world - 1}:
+        d = dry_run(cfg, rank, world)
+        told = agreement(cfg, d)["memory"]["foretold"]
+        print(f"{shape}, {layout}, rank {rank}: measured {real[rank] / 2**20:.1f} MiB, played {d.peak / real[rank]:.3f}, foretold {told / real[rank]:.3f}")
+        assert d.peak == pytest.approx(real[rank], rel=.1) and told == pytest.approx(real[rank], rel=.1)
+
+
+def test_plan_plays_a_run(capsys, tmp_path):
+    "What `plan` wrote is played as it stands; a rank that is not there is one sentence."
+    small = dict(DENSE, hidden_size=64, intermediate_size=128, num_hidden_layers=2, vocab_size=256, num_attention_heads=2, num_key_value_heads=2)
+    (tmp_path / "config.json").write_text(json.dumps(dict(small, model_type="llama")))
+    out = tmp_path / "run.yaml"
+    assert main(["plan", str(tmp_path), "--devices", "4", "--seq", "64", "--global-batch", "4", "--tp", "2", "--pp", "2", "--out", str(out), "--json"]) == 0
+    capsys.readouterr()
+    assert main(["plan", "--run", str(out), "--devices", "4", "--dry-run", "3", "--json"]) == 0
+    got = json.loads(capsys.readouterr().out)
+    assert (got["rank"], got["world"], got["grid"]) == (3, 4, "tp=2 pp=2") and all(r["count"] == r["played"] for r in got["agreement"]["sends"])
+    assert main(["plan", "--run", str(out), "--devices", "4", "--dry-run", "4"]) == 2
+    assert "expected 0 to 3" in capsys.readouterr().err
