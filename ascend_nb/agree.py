@@ -58,7 +58,7 @@ def _context(c, x, s): # of context parallel
     else:
         heads = K / tp * (x.cp // math.gcd(int(K / tp), x.cp))
         yield "ulysses", "all-to-all", L * m * 4 * (2 + again), L * m * (2 + again) * T * x.bytes * (c.num_attention_heads / tp * (Dq + Dv) + heads * (Dq + Dv))
-    if s.last and c.num_experts and c.router_aux_loss_coef > 0: yield "fsdp", "all-reduce", m, m * 4 * (2 * c.num_experts + 3)
+    if s.last and c.num_experts and c.router_aux_loss_coef > 0: yield "fsdp" if x.world == x.cp else "ring" if x.ring else "ulysses", "all-reduce", m, m * 4 * (2 * c.num_experts + 3)
 
 def _experts(c, x, s): # of expert parallel
     if x.ep == 1 or not s.moe: return

@@ -240,6 +240,7 @@ def _moments(c, n, x, stage, device): # list of dict: gathered, gradients, activ
         one(np.where(s.three, ends_w, whole_w), before, k * act, 0, kept + block), # at the loss
         one(whole_w, before, k * act, norm, kept), # its backward
         one(whole_w, before, k * act, working, head), # the last layer
+        one(whole_w, before, (k - share) * act, s.three * (np.asarray(x.again) > 0) * (working + s.layer * (s.B + 4)), head), # a layer is made again while the gradients of the one behind it are sent
         one(whole_w, s.more * sums, (k - share) * act, s.sharded * s.layer * (s.B + 4), head), # its gradients are sent
         one(whole_w, (s.many | ~s.sharded) * np.maximum(sums - 4 * s.layer - 4 * s.first * s.words, 0), (k - 1 + share) * act, working, head), # the first layer, of the first micro-batch
         one(whole_w, (s.many | ~s.sharded) * sums, (k - 1) * act, s.B * s.first * s.words, 0), # words
