@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NAME', 'adapts', 'spec_of', 'idle_tuning', 'rates', 'Plan', 'plan_adapter', 'fits', 'put_plan', 'bare', 'base_mark',
-           'write_base', 'check_base', 'adapter_run', 'base_model', 'open_tuned', 'tuned_model', 'name_adapters',
-           'load_adapters']
+           'check_named_base', 'write_base', 'check_base', 'adapter_run', 'base_model', 'open_tuned', 'tuned_model',
+           'name_adapters', 'load_adapters']
 
 # %% ../nbs/34d_adapter_runs.ipynb #c57dcef3
 import hashlib, json, re
@@ -94,6 +94,7 @@ def plan_adapter(
     if not cfg.train.load: raise UserError("lora_no_base")
     with torch.device("meta"): model = Decoder(cfg.model)
     a = _continued(model, t) if t.lora_load else None
+    if a: check_named_base(t.lora_load, cfg.train.load)
     if a: place_adapter(model, a, NAME)
     else: add_adapter(model, spec_of(t, cfg.train.seed), NAME)
     size = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -167,6 +168,21 @@ def base_mark(
             for i in range(64): file.seek(i * max(size - 4096, 0) // 63); mark.update(file.read(4096))
     return mark.hexdigest()
 
+# %% ../nbs/34d_adapter_runs.ipynb #55e0b5a1
+def check_named_base(
+    folder, # an adapter's
+    load # what it is put on: a Hugging Face folder, a run folder or a step
+) -> None:
+    "Raise UserError where the adapter names a folder with other weights. A name on a hub, or a folder that is gone, tells nothing."
+    conf = Path(folder) / "adapter_config.json"
+    named = conf.is_file() and read_json(conf, "PEFT's adapter_config.json").get("base_model_name_or_path")
+    if not named or not Path(named).is_dir() or Path(named).resolve() == Path(load).resolve(): return
+    if base_mark(named) not in (base_mark(load), hashlib.sha256().hexdigest()): raise UserError("adapter_base", path=folder, was=named, load=load)
+
+messages(adapter_base=("Found an adapter in {path} that was trained on {was}; expected one for {load}, whose weights are others. Load that base, or clear base_model_name_or_path in its adapter_config.json.",
+                       "{path} 中的适配器是在 {was} 上训练的；而 {load} 的权重不同。请加载该基座，或清空其 adapter_config.json 中的 base_model_name_or_path。"))
+
+# %% ../nbs/34d_adapter_runs.ipynb #1221a25c
 def write_base(
     run, # its folder
     plan: Plan, # of the run
@@ -252,7 +268,9 @@ def load_adapters(
 ) -> list: # their names; the first is at work
     "Put finished adapters on a model. Raises UserError for one that is not there, or of another model."
     found = name_adapters(folders)
-    for name, folder in found.items(): load_adapter(model, folder, name)
+    for name, folder in found.items():
+        if source := getattr(model, "source", ""): check_named_base(folder, source)
+        load_adapter(model, folder, name)
     if found: use_adapter(model, next(iter(found)))
     model.eval().requires_grad_(False)
     return [*found]

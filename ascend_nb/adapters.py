@@ -211,7 +211,7 @@ def _look(every, words, pattern=None): # parameters that the words mean; raises 
 messages(
     adapter_cut=("Found a model that is cut among processes; expected a whole one. Add the adapter before the model is cut.", "模型已切分到多个进程；应为完整的模型。请在切分之前添加适配器。"),
     adapter_target=("Found target {got!r}, which is no matrix of this model; expected some of: {have}.{hint}", "目标 {got!r} 不是该模型中的矩阵；应从以下名称中选择：{have}。{hint}"),
-    adapter_ends=("Found {got} among the targets; expected linear layers inside the model. Train it as it is: whole=[{got!r}] (modules_to_save in PEFT).", "目标中有 {got}；应为模型内部的线性层。请改为整体训练：whole=[{got!r}]（PEFT 中为 modules_to_save）。"),
+    adapter_ends=("Found {got} among the targets; expected linear layers inside the model. Train it as it is: --lora-modules-to-save {got}.", "目标中有 {got}；应为模型内部的线性层。请改为整体训练：--lora-modules-to-save {got}。"),
 )
 
 def find_targets(

@@ -51,7 +51,8 @@ class Made(NamedTuple):
     key: int # of the row, from `add`
     id: int # the token
     logprob: float | None # how likely the model held it, where that was asked for
-    why: str | None # why the row is over: eos, length, context; None: it goes on
+    why: str | None # why the row is over: eos, stop (its rules allow no more), length, context; None: it goes on
+    top: list = [] # [(id, log-probability)] of the likeliest, where that was asked for
 
 # %% ../nbs/49e_batches.ipynb #e96ca771
 class _Row:
@@ -90,7 +91,9 @@ def _add(self: Batch,
     cfg: SampleConfig = SampleConfig(), # how to choose
     room: int | None = None, # at most this many tokens; none: as the config and the model's length allow
     ends: set = frozenset(), # ids that end the text
-    scores: bool = False # tell how likely each token was
+    scores: bool = False, # tell how likely each token was
+    rules=None, # what the text must look like
+    top: int = 0 # tell this many of the likeliest at each token
 ) -> int: # its key
     "A new row. Raises UserError where none is free, and for a prompt that cannot be read."
     check(cfg)
@@ -100,7 +103,7 @@ def _add(self: Batch,
     memory, other = self._seat(ids)
     new = memory.take(list(ids), allowed.tokens, other)
     self.last += 1
-    chooser = Chooser(cfg, ids, score=scores or cfg.task == "return_output_log_probs")
+    chooser = Chooser(cfg, ids, score=scores or cfg.task == "return_output_log_probs", rules=rules, top=top)
     self.rows[self.last] = _Row(memory, chooser, allowed, set(ends), pieces(self.model, new, self.piece))
     return self.last
 
@@ -122,8 +125,9 @@ def _choose(self: Batch, key, r, logits):
     t = r.chooser(logits)
     r.memory.ids.append(t)
     r.left -= 1
-    why = "eos" if t in r.ends else None if r.left else r.why
+    done = r.chooser.rules and r.chooser.rules.done
+    why = "eos" if t in r.ends else "stop" if done else None if r.left else r.why
     if why: self.cancel(key)
-    return Made(key, t, r.chooser.scores[-1] if r.chooser.scores else None, why)
+    return Made(key, t, r.chooser.scores[-1] if r.chooser.scores else None, why, r.chooser.tops[-1] if r.chooser.tops else [])
 
 Batch.add, Batch.step, Batch._choose = _add, _step, _choose

@@ -26,6 +26,7 @@ class Beam(NamedTuple):
 messages(
     beam_many=("Found {n} return sequences; expected at most {beams}, the number of beams. Raise --num-beams or lower --num-return-sequences.",
                "要求返回 {n} 段文本，但只有 {beams} 个束。请增大 --num-beams 或减小 --num-return-sequences。"),
+    beam_rules=("Found a regular expression or a JSON schema beside beams; expected greedy or do_sample, where one text grows. Choose one with --task.", "束搜索不能与 --regex 或 --json-schema 同用；请用 --task 选择 greedy 或 do_sample。"),
     beam_spread=("Found a model in several processes; expected one process for beams. Leave the parallel sizes at 1, or choose greedy or do_sample.",
                  "束搜索只能在单个进程中进行。请将并行规模设为 1，或改用 greedy、do_sample。"),
 )
@@ -97,6 +98,7 @@ def search(
     n, room, generator = cfg.num_beams, room_for(model, ids, cfg), torch.Generator().manual_seed(cfg.seed)
     if cfg.num_return_sequences > n: raise UserError("beam_many", n=cfg.num_return_sequences, beams=n)
     if isinstance(model, Spread): raise UserError("beam_spread")
+    if cfg.regex or cfg.json_schema: raise UserError("beam_rules")
     z, cache = _start(model, ids, room.tokens, n)
     beams, done = [Beam([], 0., "")], []
     while True:

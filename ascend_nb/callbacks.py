@@ -15,6 +15,7 @@ from .async_save import Writer
 from .checkpoint import RunDir, check_step, save_step
 from .core import Progress, UserError, atomic_file, messages, need, rank_info, say
 from .datasets import Batch
+from .profiling import used_text
 from .trainer import Callback, Step, Trainer
 
 # %% ../nbs/42_callbacks.ipynb #8ef829c1
@@ -32,7 +33,7 @@ class ProgressBar(Callback):
 
     def on_log(self, t):
         valid = f", valid {t.row['valid_loss']:.4f}" if "valid_loss" in t.row else ""
-        self.bar.note = f"loss {t.row['loss']:.4f}{valid}, {t.row['tokens_per_s']:,.0f} tokens/s"
+        self.bar.note = f"loss {t.row['loss']:.4f}{valid}, {t.row['tokens_per_s']:,.0f} tokens/s{used_text(t.row)}"
 
     def after_step(self, t): self.bar.update()
     def after_fit(self, t): self.bar.__exit__()
@@ -55,6 +56,7 @@ class MetricsLog(Callback):
 
 # %% ../nbs/42_callbacks.ipynb #d2d309a1
 TAGS = dict(loss="train/loss", lr="train/lr", grad_norm="train/grad_norm", tokens_per_s="train/tokens_per_s", loss_scale="train/loss_scale", valid_loss="eval/loss",
+            tokens_per_s_device="train/tokens_per_s_device", tflops="train/tflops", mfu="train/mfu", data_wait="train/data_wait", memory_mb="train/memory_mb",
             chosen_reward="train/rewards/chosen", rejected_reward="train/rewards/rejected", margin="train/rewards/margin", accuracy="train/rewards/accuracy",
             valid_margin="eval/rewards/margin", valid_accuracy="eval/rewards/accuracy")
 

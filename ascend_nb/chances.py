@@ -46,7 +46,7 @@ def mcnemar(
     if len(a) != len(b): raise UserError("paired_sizes", a=len(a), b=len(b))
     only_a, only_b = sum(x > y for x, y in zip(a, b)), sum(y > x for x, y in zip(a, b))
     n, k = only_a + only_b, min(only_a, only_b)
-    p = sum(math.comb(n, i) for i in range(k + 1)) * 2 / 2**n if n <= 1000 else math.erfc(max(abs(only_a - only_b) - 1, 0) / math.sqrt(2 * n))
+    p = 2 * math.fsum(math.exp(math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) - n * math.log(2)) for i in range(k + 1)) # the tail of the coin tosses
     return only_a, only_b, min(1.0, p)
 
 def paired_bootstrap(

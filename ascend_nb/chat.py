@@ -25,8 +25,11 @@ from .tokenizers import Tokenizer
 # %% ../nbs/51_chat.ipynb #10b9b954
 messages(chat_beams=("Found task={task} in a chat; expected greedy, do_sample or return_output_log_probs, because an answer is shown as it comes. Choose one, or use `ascend_nb generate`.",
                      "对话中不能使用 task={task}，因为回答是逐字显示的。请改用 greedy、do_sample 或 return_output_log_probs，或使用 `ascend_nb generate`。"))
+messages(chat_deaf=("Found a chat template that leaves out what the assistant said; expected one that writes it, because earlier answers are part of a talk. Choose another with --prompt-type NAME, or pass --history-turns 0.",
+                    "该对话模板不输出 assistant 的回答；而历史回答是对话的一部分。请用 --prompt-type 选择其他模板，或使用 --history-turns 0。"))
 messages(chat_trimmed=("{n} of the oldest questions left out: the model can read {length} tokens", "最早的 {n} 轮对话未送入模型：模型最多读取 {length} 个词元"))
 
+# %% ../nbs/51_chat.ipynb #548cd98b
 class Chat:
     "A talk with a model. `ask` shows and returns an answer, `stream` hands out its pieces, `history` has all that was said."
     def __init__(self,
@@ -38,7 +41,12 @@ class Chat:
         if cfg.task.startswith("beam"): raise UserError("chat_beams", task=cfg.task)
         self.how, stops = template(cfg, tokenizer)
         self.model, self.tokenizer, self.cfg, self.guess = model, tokenizer, replace(cfg, stop=[*cfg.stop, *stops]), guesser(cfg, model)
+        if self.cfg.history_turns and not self._hears(): raise UserError("chat_deaf")
         self.clear()
+
+    def _hears(self): # does an answer show up in the next prompt?
+        said = [dict(role=r, content=c) for r, c in (("user", "one"), ("assistant", "twelve"), ("user", "three"))]
+        return "twelve" in self.tokenizer.decode(encode_prompt(said, self.tokenizer, **self.how))
 
     def clear(self) -> None:
         "Forget everything that was said."

@@ -8,6 +8,7 @@ __all__ = ['KEEPS', 'Layout', 'Counts', 'count', 'stage_ends', 'held', 'attentio
 
 # %% ../nbs/55a_costs.ipynb #a96079ee
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 import numpy as np
 from .shapes import ModelConfig
 
@@ -150,12 +151,13 @@ def pairs(
     return near * (seq * w - w * w / 2) + (1 - near) * seq * seq / 2
 
 # %% ../nbs/55a_costs.ipynb #a7de09de
-KEEPS = {"cpu": (0, 0), "npu": (1, 64), "cuda": (1, 4)} # device type -> what attention keeps besides q, k, v: its result (how often), bytes for each token and head
+KEEPS = {"cpu": (0, 0), "npu": (1, 64), "cuda": (1, 4), "dry": (0, 4)} # device type -> what attention keeps besides q, k, v and what the next matrix reads: its result (how often), bytes for each token and head; dry: what `dry_run` puts in its place
 
 def _attention_kept(c, x, device): # bytes for each token
     B, N, tp, (K, Dq, Dv) = x.bytes, c.num_attention_heads, x.tp, c.kv_sizes
     twice, sums = KEEPS[device]
-    inside = (N * Dq + K * Dq + K * Dv + N * Dv * (1 + twice)) * B + N * sums
+    wide = Dq if device in ("npu", "dry") else Dv # fused attention wants values as wide as keys, and cuts its result
+    inside = (N * Dq + K * Dq + K * wide + N * Dv + N * wide * (twice or wide > Dv)) * B + N * sums
     if c.kv_lora_rank: return (2 * c.q_lora_rank + 2 * c.kv_lora_rank + c.qk_rope_head_dim) * B + inside / tp
     return (inside + c.qk_norm * ((N + K) * c.head_dim * B + 4 * (N + K))) / tp
 
@@ -190,25 +192,83 @@ def in_flight(
     return np.minimum(np.where(np.asarray(x.vpp) > 1, more, plain), x.batches)
 
 # %% ../nbs/55a_costs.ipynb #985c71a5
+def _shared(x): # devices that share weights, of dense ones and of experts
+    f = np.where(np.asarray(x.zero) == 0, 1, x.dp) * np.asarray(x.cp)
+    return f, np.maximum(f / x.ep, 1)
+
 def states(
     P, # dense parameters on a device, before sharing
     E, # parameters of its experts
-    x: Layout, # how it is spread
-    layers = 32 # of the stage: zero_stage 3 holds two of them at once
-) -> dict: # weights, gradients, optimizer: bytes
-    "What a device keeps between steps, and the gradients of a step."
-    B, n = np.asarray(x.bytes), np.asarray(x.dp) * x.cp
-    f = np.where(np.asarray(x.zero) == 0, x.cp, n)
-    own, all_ = P / f + E / np.maximum(f / x.ep, 1), P + E
-    shared, short = n > 1, np.minimum(2 / np.maximum(layers, 1), 1)
-    full = np.where(np.asarray(x.zero) == 3, short, 1) * B * all_ * np.where(B < 4, 1, f > 1)
-    weights = np.where(shared, full, B * all_)
-    each = np.where((np.asarray(x.zero) < 2) & (np.asarray(x.batches) > 1), 4 * all_, 0) + 4 * own
-    copy = np.where(B < 4, 4, 0)
-    optimizer = np.where(x.offload, np.where(shared, 4 * own, 0), (8 + np.where(shared, 4, copy)) * own)
-    return dict(weights=weights, gradients=np.where(shared, each, 4 * all_), optimizer=optimizer)
+    x: Layout # how it is spread
+) -> dict: # weights, gradients (at the end of backward), optimizer: bytes
+    "What a device keeps between steps, and the gradients that an update reads."
+    B, sharded, (f, fe) = np.asarray(x.bytes), np.asarray(x.dp) * x.cp > 1, _shared(x)
+    own, all_ = P / f + E / fe, P + E
+    moments = np.where(x.offload, 0, 8)
+    copy = np.where((B < 4) & ~np.asarray(x.offload), 4, 0)
+    return dict(weights=np.where(sharded, 4 * own, B * all_), gradients=4 * np.where(sharded, own, all_), optimizer=np.where(sharded, moments * own, (moments + copy) * all_))
 
 # %% ../nbs/55a_costs.ipynb #c1552c76
+def _facts(c, n, x, stage): # what the moments are made of
+    P, E = held(c, n, x, stage)
+    (f, fe), B, pp = _shared(x), np.asarray(x.bytes), np.asarray(x.pp)
+    first, last = np.asarray(stage) == 0, np.asarray(stage) == pp - 1
+    layers = np.maximum(_between(np.arange(c.num_hidden_layers + 1), x, stage), 1)
+    words = c.vocab_size * c.hidden_size / np.asarray(x.tp)
+    ends = np.where((pp == 1) & c.tie_word_embeddings, 1, first + 1 * last) * words
+    sharded = np.asarray(x.dp) * x.cp > 1
+    late = sharded & ((np.asarray(x.zero) < 2) | (pp > 1)) # gradients are summed after the last micro-batch
+    return SimpleNamespace(P=P, E=E, all=P + E, own=P / f + E / fe, f=f, B=B, first=first, last=last, layers=layers, words=words, ends=ends, layer=(P + E - ends) / layers, sharded=sharded, late=late,
+        three=sharded & (np.asarray(x.zero) == 3), many=np.asarray(x.batches) > 1, more=np.asarray(x.batches) > in_flight(x, stage), moe=_between(n.moe, x, stage))
+
+def _working(c, x, moe): # bytes that backward of an MLP, or of attention, needs beside what was kept: gradients of the widest products, and of the stream
+    wide = c.num_experts_per_tok * (c.moe_intermediate_size / x.tp + c.hidden_size) + c.shared_expert_intermediate_size / x.tp if moe else c.intermediate_size / np.asarray(x.tp)
+    heads = c.num_attention_heads * sum(c.kv_sizes[1:]) / x.tp
+    return x.tokens * x.bytes * (2 * wide + c.hidden_size), x.tokens * x.bytes * (2 * heads + c.hidden_size)
+
+def _layer_peak(c, x, moe, device): # bytes above what was kept while backward is in a layer: in its MLP, or, when that is done, in its attention
+    kept = lambda **kw: layer_kept(c, replace(x, **kw), moe, device)
+    plain, (mlp, heads) = kept(again=0., attention_again=False, mlp_again=False), _working(c, x, moe)
+    part = plain - kept(again=0., attention_again=False, mlp_again=True) # what an MLP keeps, its input aside
+    more = np.where(np.asarray(x.again) > 0, plain, kept(again=0.)) - kept()
+    redone = np.where(np.asarray(x.again) > 0, 0, plain - kept(again=0., mlp_again=False)) # attention's, made when it is its turn
+    first = np.where(x.mlp_again, part, 0) * (np.asarray(x.again) == 0)
+    return np.maximum(more + first + mlp, more + redone + heads - np.where(x.mlp_again, 0, part))
+
+def _loss(c, x, s): # bytes at the loss: what its backward will need; and until then, logits of 256 tokens and the head's gradient
+    T, H, B, V = x.tokens, c.hidden_size, s.B, c.vocab_size / np.asarray(x.tp)
+    kept = 3 * T * H * B + B * s.words
+    return s.last * kept, s.last * (np.minimum(256, T) * V * (B + np.where(B < 4, 4 + B, 0)) + np.where(B < 4, 4, 0) * s.words)
+
+# %% ../nbs/55a_costs.ipynb #fe5ab4a5
+def _moments(c, n, x, stage, device): # list of dict: gathered, gradients, activations, workspace, loss
+    s, k = _facts(c, n, x, stage), in_flight(x, stage)
+    kinds = [(s.layers - s.moe, False)] + [(s.moe, True)] * bool(c.num_experts)
+    working = np.maximum.reduce([np.where(many > 0, _layer_peak(c, x, has, device), 0) for many, has in kinds])
+    norm = s.last * np.where(s.B < 4, 16, 8) * x.tokens * c.hidden_size / x.narrow # the last norm goes back in fp32
+    stream = x.tokens * c.hidden_size * s.B / x.narrow
+    act = sum(many * layer_kept(c, x, has, device) for many, has in kinds) + (1 - s.last) * stream # a stage keeps what it gave
+    line = np.where(np.asarray(x.pp) > 1, np.asarray(x.batches) * stream * (2 * np.asarray(x.vpp) - s.first - s.last) , 0) # a pipeline's buffers, one for each micro-batch
+    sums = np.where(s.sharded & ~s.late, 4 * s.own, 4 * s.all) # of earlier micro-batches
+    copied = np.where(s.B < 4, s.B, np.where(s.f > 1, s.B, 0)) * s.sharded
+    whole_w, ends_w = copied * np.where(s.three, s.ends + 2 * s.layer, s.all), copied * s.ends
+    early = np.where(s.sharded & ~s.late, 4 * s.ends, 0) # what was sent last stays until something else is sent
+    kept, block = _loss(c, x, s)
+    one = lambda gathered, gradients, activations, workspace, loss: dict(gathered=gathered, gradients=gradients, activations=activations, workspace=workspace + line, loss=loss)
+    root = np.where(s.sharded, s.ends * (s.B + 4 + 4 * (s.late & s.many)), s.B * s.first * s.words)
+    before, after = s.more * (sums + early), np.where(s.sharded, 4 * s.own, 4 * s.all) # gradients
+    head, share = s.last * s.sharded * s.B * s.words, 1 / s.layers
+    return [
+        one(np.where(s.three, ends_w, whole_w), before, k * act, 0, kept + block), # at the loss
+        one(whole_w, before, k * act, norm, kept), # its backward
+        one(whole_w, before, k * act, working, head), # the last layer
+        one(whole_w, s.more * sums, (k - share) * act, s.sharded * s.layer * (s.B + 4), head), # its gradients are sent
+        one(whole_w, (s.many | ~s.sharded) * np.maximum(sums - 4 * s.layer - 4 * s.first * s.words, 0), (k - 1 + share) * act, working, head), # the first layer, of the first micro-batch
+        one(whole_w, (s.many | ~s.sharded) * sums, (k - 1) * act, s.B * s.first * s.words, 0), # words
+        one(ends_w, after, 0, root, 0), # the end of backward
+        one(0, after, 0, 0, 0)] # the update
+
+# %% ../nbs/55a_costs.ipynb #bec0d35e
 def memory(
     c: ModelConfig, # the model
     n: Counts, # its parameters
@@ -218,17 +278,15 @@ def memory(
     context: float = 1.5 * 2**30, # bytes of the driver and libraries
     margin: float = .06 # share lost between blocks of the allocator
 ) -> dict: # name -> bytes; "total" last
-    "Everything that a device of this stage holds at its peak."
+    "Everything that a device of this stage holds at its fullest moment."
     P, E = held(c, n, x, stage)
-    layers, moe = _between(np.arange(c.num_hidden_layers + 1), x, stage), _between(n.moe, x, stage)
-    out = states(P, E, x, layers)
-    kinds = [(layers - moe, False)] + [(moe, True)] * bool(c.num_experts)
-    out["activations"] = in_flight(x, stage) * sum(many * layer_kept(c, x, has, device) for many, has in kinds)
-    whole = replace(x, again=0., attention_again=False, mlp_again=False)
-    out["workspace"] = np.maximum.reduce([np.where(np.asarray(x.again) > 0, 1, .5) * layer_kept(c, whole, has, device) for many, has in kinds]) + _groups(x) * 400 * 2**20 + context
-    last, T, H, B = np.asarray(stage) == np.asarray(x.pp) - 1, x.tokens, c.hidden_size, x.bytes
-    out["loss"] = last * (3 * T * H * B + np.minimum(256, T) * c.vocab_size / x.tp * (B + 8) + 8 * c.vocab_size * H / x.tp) # logits of 256 tokens at a time; the head's gradient in fp32, and its 16-bit copy
-    out["margin"] = margin * (out["activations"] + out["workspace"] + out["loss"] - context)
+    rest, moments = states(P, E, x), _moments(c, n, x, stage, device)
+    each = [np.broadcast_arrays(*m.values(), rest["weights"]) [:-1] for m in moments]
+    worst = np.argmax([sum(m) for m in each], 0)
+    at = {k: np.choose(worst, [m[i] for m in each]) for i, k in enumerate(moments[0])}
+    out = dict(weights=rest["weights"] + at.pop("gathered"), gradients=at.pop("gradients"), optimizer=rest["optimizer"]) | at
+    out["libraries"] = context + _groups(x) * 400 * 2**20
+    out["margin"] = margin * (out["activations"] + out["workspace"] + out["loss"])
     return out | dict(total=sum(out.values()))
 
 def _groups(x): # communicators, each with two buffers of HCCL_BUFFSIZE = 200 MB

@@ -32,12 +32,13 @@ class Batch:
     position_ids: torch.Tensor | None = None # (B, S) int64; none: 0 … S-1
     cu_seqlens: torch.Tensor | None = None # int32, where the documents begin among the B·S tokens, and B·S; none: each row is one. Stays on the CPU
     num_targets: int = -1 # labels that are not -100; counted once, here, because on a device it would wait for the device
-    longest: int = 0 # tokens of the longest text, where these are only a part of it: rotary frequencies may depend on it; 0: as position_ids say
+    longest: int = 0 # the largest position and one, of the whole text where these are a part of it: rotary tables grow with it; counted here too; 0: no position_ids
     lengths: tuple = () # tokens of each row that are text, where rows may be laid end to end (`joined`); empty: they stay as they are
     unit: int = 1 # the joined row is a multiple of this
 
     def __post_init__(self):
         if self.num_targets < 0: self.num_targets = int((self.labels != -100).sum())
+        if not self.longest and self.position_ids is not None: self.longest = int(self.position_ids.max()) + 1
 
     @property
     def samples(self) -> int: return len(self.input_ids) # of the data set

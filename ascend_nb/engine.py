@@ -26,7 +26,7 @@ from .sharding import Piece, begin_backward, norm, pieces, rest, shard_model, sh
 # %% ../nbs/29_engine.ipynb #6e8ab0c8
 def build_stages(
     cfg: ModelConfig, # the whole model
-    fill, # (Decoder or stage on the CPU, empty) -> None: gives every parameter its value, by its name
+    fill, # (Decoder or stage on the CPU, empty) -> None: gives every parameter its value, by its name; None: everything stays on the meta device, for a run that only counts
     mesh: Mesh, # all axes
     p: ParallelConfig, # all switches
     device, # where
@@ -39,10 +39,10 @@ def build_stages(
     for s in my_stages(name, mesh):
         with torch.device("meta"): model = make(cfg)
         if n > 1: cut_stage(model, layers[s], s == 0, s == n - 1)
-        fill(model.to_empty(device="cpu"))
+        if fill: fill(model.to_empty(device="cpu"))
         deal_experts(model, mesh, p)
         if mesh.sizes.tp > 1: cut_model(model, mesh, p.sequence_parallel, join_mc2 if p.use_ascend_mc2 else None)
-        out[s] = model.to(device)
+        out[s] = model.to(device) if fill else model
     return out
 
 messages(
@@ -79,15 +79,19 @@ class Engine:
         self.kernels = {**tensor_kernels(self.mesh), **context_kernels(self.mesh)}
         ends = tuple(tied_names(self.models[0].cfg, self.mesh)) if s.pp > 1 else ()
         self.tied = sorted({n for m in self.models for n, p in m.named_parameters() if p.requires_grad and n.startswith(ends)}) if ends else [] # the matrix, or an adapter's own copy
-        elsewhere = self.tied if s.pp > 1 and self.mesh.pp == s.pp - 1 else []
-        self.pieces = pieces(self.models, self.mesh, elsewhere)
+        self.find_pieces()
         narrow = s.tp if self.p.sequence_parallel else 1
         if s.pp > 1:
             cfg = self.models[0].cfg
             self.line = Pipeline(self.stages, schedule_name(self.p, s.vpp), self.mesh, narrow, dtype, notes_size(cfg) if has_router_losses(cfg, self.p) else 0)
 
-    def tell(self, batch) -> None: # how long the texts are of which this process has a part
-        if rope := getattr(getattr(self.models[0], "model", None), "rope", None): rope.longest = batch.longest
+    def find_pieces(self) -> None: # again, where parameters were made anew
+        last = self.mesh.sizes.pp > 1 and self.mesh.pp == self.mesh.sizes.pp - 1
+        self.pieces = pieces(self.models, self.mesh, self.tied if last else [])
+
+    def tell(self, longest: int = 0) -> None: # the batch's largest position and one, counted on the host; 0: nothing is known
+        for m in self.models:
+            if rope := getattr(getattr(m, "model", None), "rope", None): rope.longest = longest
 
     def now(self) -> int: # number of the micro-batch that goes forward
         return self.line.now if self.line else self.i
@@ -118,23 +122,24 @@ def _step(self: Engine,
     loss_fn, # (model, batch) -> (sum of losses, number of targets)
     targets: int, # of the whole step, in all processes
     device, # where the model is
-    scale=lambda total: total # fp16's loss scale
+    scale=None # fp16's loss scale, a function of tensors; none: 1
 ) -> list: # of 0-d tensors: sums of losses that this process adds to the step's
     "Forward and backward over the micro-batches; gradients stay in the parameters."
-    factor = float(scale(torch.ones((), device=device)))
+    factor = float(scale(torch.ones((), device=device))) if scale else 1.
     self.sums, self.shares, self.mine = [], [factor * b.num_targets / targets for b in batches], self.ready(batches, device)
     def total(model, batch):
         value = loss_fn(model, batch)[0]
         self.sums.append(value.detach())
-        return scale(value / targets)
+        return scale(value / targets) if scale else value / targets
     with kernels(**self.kernels):
         if self.line: self.line.step(self.mine, total)
         else:
             for i, batch in enumerate(self.mine):
                 self.i = i
-                self.tell(batch)
+                self.tell(batch.longest)
                 begin_backward(self.models[0], self.p.zero_stage, batch is self.mine[-1])
                 total(self.models[0], batch).backward()
+    self.tell()
     return self.sums
 
 def _forward(self: Engine,
@@ -144,9 +149,10 @@ def _forward(self: Engine,
 ) -> Tensor: # this process's sum; 0 where it has none
     "Validation: no gradient, no router's losses."
     mine = self.ready([batch], device)[0]
-    if not self.line: self.tell(mine)
+    self.tell(mine.longest)
     with kernels(**self.kernels):
         out = forward_only(self.line, mine, loss_fn) if self.line else loss_fn(self.models[0], mine)
+    self.tell()
     return torch.zeros((), device=device) if out is None else out[0]
 
 # %% ../nbs/29_engine.ipynb #fe568e4d

@@ -19,10 +19,12 @@ from .comparing import compare, compare_table, save_plot
 from .confined import run_confined, walls
 from .core import Progress, UserError, atomic_file, messages, phrase, pick_device, pick_dtype, rank_info, say
 from .config import EvalConfig
+from .decoder import Fast
 from .families import max_length
 from .haystack import haystacks
 from .likelihood import encode_pairs, loglikelihoods
-from .many_devices import copies, crowd, meet, open_model, tokenizer_folder
+from .generate import load
+from .many_devices import copies, crowd, meet
 from .marking import NOTHING, extract, mark
 from .model import Decoder
 from .tasks import Item, Task, get_task, known_defects, load_task, missing_subjects, task_files
@@ -68,7 +70,7 @@ def score_items(
             def done(n, subject=group[0].subject): bar.update(n, subject)
             pairs = [p for i in group for p in pairs_of(tokenizer, i, chat)]
             scores = iter(loglikelihoods(model, tokenizer, pairs, batch_size, done))
-            sizes = iter([len(k) for _, k in encodepairs_of(tokenizer, pairs)] if "ppl" in metrics else [1] * len(pairs))
+            sizes = iter([len(k) for _, k in encode_pairs(tokenizer, pairs)] if "ppl" in metrics else [1] * len(pairs))
             new = [_sample(i, [next(scores)[0] for _ in i.choices], [next(sizes) for _ in i.choices], metrics, last) for i in group]
             keep(new); samples += new
     return samples
@@ -343,16 +345,17 @@ messages(
 
 # %% ../nbs/53_evaluator.ipynb #f0327a01
 def _one(cfg, path, places, output, mesh, json, samples=False): # one model
-    from ascend_nb.tokenizers import load_tokenizer
     device = pick_device(cfg.device); dtype = pick_dtype(cfg.dtype, device.value)
     say(f"device {device}, dtype {dtype}")
-    began, tokenizer, results = time.time(), load_tokenizer(tokenizer_folder(path)), {}
-    model = open_model(path, device.value, dtype.value, mesh)
+    one, began, results = replace(cfg), time.time(), {}
+    one.model = path # a folder, as `load` reads it
+    model, tokenizer = load(one, mesh)
+    if isinstance(model, Fast): model = model.model # answers that are written make their own twin
     for task, place in places.items():
         (chat, stops), defects = chat_of(cfg, tokenizer, task.protocol), _defects(task)
         task = replace(task, stop=(*task.stop, *stops))
         _tell_defects(task)
-        about = dict(task=task.name, protocol=task.protocol, defects=task.defects, shots=cfg.num_fewshot, chat=chat, cut=cfg.truncate, most=cfg.max_new_tokens, dtype=str(dtype.value), model=_which(path))
+        about = dict(task=task.name, protocol=task.protocol, defects=task.defects, shots=cfg.num_fewshot, chat=chat, cut=cfg.truncate, most=cfg.max_new_tokens, dtype=str(dtype.value), model=[_which(p) for p in (path, *cfg.lora_load)])
         part = output and output.with_name(f"samples_{task.name}.jsonl.part")
         def log(items, about=about, part=part): return Log(part, {**about, "questions": _hash(items)}, mesh)
         how = dict(chat=chat, most=cfg.max_new_tokens, truncate=cfg.truncate, needle_length=cfg.needle_length)
@@ -367,7 +370,7 @@ def _one(cfg, path, places, output, mesh, json, samples=False): # one model
     return {k: v for k, v in total.items() if k != "samples"} | ({"samples": {n: r["samples"] for n, r in results.items()}} if samples else {})
 
 def _which(path): # a model's files, as they are now
-    return [str(Path(path).resolve()), *sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in Path(path).iterdir() if f.is_file())]
+    return [str(Path(path).resolve()), *sorted((str(f.relative_to(path)), f.stat().st_size, f.stat().st_mtime_ns) for f in Path(path).rglob("*") if f.is_file())]
 
 def _hash(items): return hashlib.sha256(repr([(i.subject, i.doc_id, i.prompt, i.choices) for i in items]).encode()).hexdigest()
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import Replicate, Shard
 from .config import ModelConfig, ParallelConfig
-from .experts import MoE, grouped_linear, load_balancing_loss
+from .experts import MoE, grouped_linear, in_backward, load_balancing_loss
 from .layers import glu
 from .mesh import Mesh
 from .parallel import CUTS, _Door, distribute, localize
@@ -160,7 +160,8 @@ def note_logits(
         if not isinstance(m, MoE): continue
         def forward(x, router=m.router, inner=m.router.forward):
             weights, chosen, logits = inner(x)
-            if torch.is_grad_enabled(): router.z = logits.logsumexp(-1).square().sum(), len(logits)
+            z = (logits.logsumexp(-1).square().sum(), len(logits)) if torch.is_grad_enabled() else None
+            if z and not in_backward(): router.z = z
             return weights, chosen, logits
         m.router.forward = forward
 

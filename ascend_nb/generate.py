@@ -25,6 +25,7 @@ from .many_devices import Spread, crowd, meet, open_model, tokenizer_folder
 from .model import Decoder
 from .prompt_types import get_prompt_type, load_prompt_types
 from .reading import Draft, Lookup, Memory, next_ids
+from .rules import rules_for
 from .sampling import Chooser, check
 from .templates import encode_prompt, prompt_name
 from .tokenizers import Tokenizer, load_tokenizer
@@ -147,7 +148,8 @@ class Stream:
         self.ids, self.text, self.stopped_by, self.times = [], "", None, []
         self.ends, self.stop = end_ids(model, tokenizer, cfg.stop), StopWords(cfg.stop)
         self.detok = Detokenizer(tokenizer, before)
-        self.chooser = Chooser(cfg, ids, generator, score=cfg.task == "return_output_log_probs")
+        self.rules = rules_for(cfg, tokenizer, self.ends)
+        self.chooser = Chooser(cfg, ids, generator, score=cfg.task == "return_output_log_probs", rules=self.rules)
         self.source = next_ids(model, ids, cfg, self.room, memory or Memory(model), guess=guess, chooser=self.chooser)
         self.pieces = self._pieces()
 
@@ -164,6 +166,7 @@ class Stream:
             if t in self.ends: self.stopped_by = "eos"; break
             if piece := self._show(self.stop.add(self.detok.add(t))): yield piece
             if self.stop.found: self.stopped_by = "stop"; return
+            if self.rules and self.rules.done: self.stopped_by = "stop"; break
         else: self.stopped_by = self.limit
         piece = self.stop.add(self.detok.end(whole=True))
         if self.stop.found: self.stopped_by = "stop"
@@ -218,10 +221,19 @@ messages(
     no_tokenizer=("Found a Megatron checkpoint at {path}, which has no tokenizer; expected --tokenizer FOLDER with the original model's tokenizer and config.json. Pass it.",
                   "{path} 是 Megatron 检查点，不含分词器；请用 --tokenizer 目录 指定原模型的分词器与 config.json。"),
     draft_alone=("Found a draft model for a model in several processes; expected one process, or --draft lookup. Change it.", "模型分布在多个进程中时不能使用草稿模型；请使用单进程或 --draft lookup。"),
+    tokenizer_other=("Found a tokenizer with {found} entries in {path} for a model with {size} rows in its embedding; expected the model's own. Pass it with --tokenizer, or put its files into the model's folder.",
+                     "{path} 的分词器有 {found} 个词条，而模型词表只有 {size} 行；应使用模型自己的分词器。请用 --tokenizer 指定，或将其文件放入模型目录。"),
+    tokenizer_small=("the tokenizer has {found} entries, the model {size} rows: is it the model's own?", "分词器有 {found} 个词条，而模型有 {size} 行：是该模型的分词器吗？"),
     whole_only=("Found int8 weights for a model in several processes; expected one process. Leave --weights or the parallel sizes as they are.", "int8 权重仅支持单进程。请去掉 --weights 或并行规模参数。"),
 )
 
+# %% ../nbs/50_generate.ipynb #00fc7a2c
 def _megatron(path): return not (Path(path) / "config.json").is_file() and Path(path).is_dir() and SOURCES["mg"][0](Path(path))
+
+def _belongs(tokenizer, model): # entries that were added later may have no row: they are seldom used, and told then
+    found, size = tokenizer.rust.get_vocab_size(with_added_tokens=False), model.cfg.vocab_size
+    if found > size: raise UserError("tokenizer_other", found=f"{found:,}", path=tokenizer.path, size=f"{size:,}")
+    if 2 * tokenizer.vocab_size < size: say(phrase("tokenizer_small", found=f"{tokenizer.vocab_size:,}", size=f"{size:,}"))
 
 def load(
     cfg, # GenerateConfig, ChatConfig or another with a model folder, device and dtype
@@ -236,6 +248,7 @@ def load(
     if mesh and how("weights", "full") != "full": raise UserError("whole_only")
     if mg: model = as_model(open_source(ModelLinkConvertConfig(load_dir=cfg.model, hf_config=cfg.tokenizer))).to(device, dtype)
     else: model = open_model(cfg.model, device, dtype, mesh, adapters := how("lora_load", ()))
+    _belongs(tokenizer, model)
     return (model if mesh or (not mg and adapters) else Fast(model, how("weights", "full"), how("kv_cache", "full"), how("compiled", True))), tokenizer
 
 def guesser(
@@ -308,7 +321,7 @@ def several(
     if cfg.task.startswith("beam"): return [out(b.ids, b.why, score=b.score) for b in search(model, ids, cfg, ends)]
     n = cfg.num_return_sequences
     batch = Batch(model, slots=n)
-    rows = {batch.add(ids, replace(cfg, seed=cfg.seed + i), ends=ends): ([], []) for i in range(n)}
+    rows = {batch.add(ids, replace(cfg, seed=cfg.seed + i), ends=ends, rules=rules_for(cfg, tokenizer, ends)): ([], []) for i in range(n)}
     while batch.rows:
         for m in batch.step():
             rows[m.key][0].append(m.id); rows[m.key][1].append(m)

@@ -196,6 +196,7 @@ def load_model(
     cfg = config_from_hf(folder)
     with torch.device("meta"): model = Decoder(cfg)
     model.load_state_dict(load_state(folder, cfg, device, dtype, {k for k, _ in model.named_buffers()}), assign=True)
+    model.source = str(folder) # an adapter asks whose it is
     return model.eval()
 
 # %% ../nbs/31_hf_format.ipynb #130fab5e

@@ -62,7 +62,7 @@ class Rope:
     def __init__(self,
         cfg: ModelConfig # rope_theta, rope_scaling, rotary_dim
     ):
-        self.cfg, self.settings, self.tables, self.longest = cfg, cfg.rope_scaling or {}, {}, 0 # longest: of the text that a context parallel process has a part of
+        self.cfg, self.settings, self.tables, self.longest = cfg, cfg.rope_scaling or {}, {}, 0 # longest: of the batch, where somebody has counted it on the host; 0: ask position_ids
         self.kind = self.settings.get("rope_type", "default")
         self.trained = self.settings["original_max_position_embeddings"] if self.kind == "longrope" else math.inf
 
@@ -89,7 +89,7 @@ class Rope:
         position_ids: Tensor | None = None # (B, S); none: start, start+1, …
     ) -> tuple[Tensor, Tensor]: # cos, sin (1 or B, 1, S, rotary_dim)
         "The rows of the table for these tokens."
-        end = start + x.shape[1] if position_ids is None else max(self.longest, int(position_ids.max()) + 1)
+        end = start + x.shape[1] if position_ids is None else self.longest or int(position_ids.max()) + 1 # asking a device for the largest waits for it
         cos, sin = self.table(end, x.dtype, x.device)
         if position_ids is None: return cos[:, :, start:end], sin[:, :, start:end]
         return cos[0, 0, position_ids][:, None], sin[0, 0, position_ids][:, None]

@@ -9,12 +9,13 @@ __all__ = ['EvalConfig', 'CompareConfig', 'evaluate_words', 'compare_words']
 from dataclasses import dataclass
 from pathlib import PurePath
 from .schema import knob
+from .tuning import AdapterConfig
 
 # %% ../nbs/02d_measuring.ipynb #a03c30fc
 @dataclass
-class EvalConfig:
+class EvalConfig(AdapterConfig):
     "Score models on benchmarks; prints accuracy by subject and writes lm-eval's JSON."
-    model: list[str] = knob() # Hugging Face folder, or a run folder or step of `train`; several are compared
+    model: list[str] = knob() # Hugging Face folder, Megatron checkpoint, or a run folder or step of `train`; several are compared
     data_path: list[str] = knob() # folder or file of the task's data, e.g. mmlu/test; or a folder that holds the folders of all tasks; or one for each task
     task: list[str] = knob(["mmlu"], flags=("--tasks",)) # which benchmarks, with commas or blanks between them; a YAML file describes one of your own
     protocol: str = knob("lm-eval", choices=("lm-eval", "modellink")) # whose prompts, rules and scores; a task that has one protocol only takes that one
@@ -27,6 +28,7 @@ class EvalConfig:
     chat: bool | None = knob(None) # put each prompt into the tokenizer's chat template as a user's turn; none: as the protocol has it, modellink where there is a template, lm-eval never
     prompt_type: str | None = knob(None, advanced=True) # this chat template instead of the tokenizer's own, by ModelLink's name; worked examples become turns of the chat
     defects: list[str] = knob([], advanced=True) # ModelLink's known mistakes to repeat, by name; all: those of the task. For comparing with numbers that were made by them
+    tokenizer: str = knob("", flags=("--tokenizer-name-or-path",), advanced=True) # folder of the tokenizer, for a Megatron checkpoint also of the original config.json; empty: the model's own
     needle_length: int = knob(0, low=0, advanced=True) # needlebench: tokens of a haystack; 0: the model's length, at most 4096
     tensor_model_parallel_size: int = knob(1, low=1, advanced=True) # tp: each matrix is cut over this many processes
     pipeline_model_parallel_size: int = knob(1, low=1, advanced=True) # pp: layers are dealt to this many processes; what processes there are beyond tp x pp share the questions
@@ -34,7 +36,7 @@ class EvalConfig:
     dtype: str = knob("auto", choices=("auto", "fp32", "bf16", "fp16"), advanced=True) # number format
 
     def __post_init__(self): # one of a list may stand without the list, and names of tasks with commas between them
-        for k in ("model", "data_path", "task", "defects"):
+        for k in ("model", "data_path", "task", "defects", "lora_load"):
             v = getattr(self, k)
             v = [v] if isinstance(v, (str, PurePath)) else v
             setattr(self, k, [w for x in v for w in x.split(",") if w] if k in ("task", "defects") else [str(x) for x in v])

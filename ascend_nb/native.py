@@ -27,6 +27,11 @@ _VECTORS = r"""
 #else
 static int omp_get_thread_num(void) { return 0; }
 #endif
+#ifdef __AVX512F__
+#define HOLD(a) __asm__("" : "+v"(a)) /* in a register: gcc would load it anew for every product */
+#else
+#define HOLD(a)
+#endif
 #define INLINE static inline __attribute__((always_inline))
 #define ALL _Pragma("GCC unroll 16") for
 typedef float f16 __attribute__((vector_size(64), aligned(4), may_alias)); /* wherever they lie */
@@ -66,11 +71,12 @@ INLINE void tile(const Matrix *m, const int R, const int B, const int small, lon
         else if (R > 1) ALL (int p = 0; p < 2 * R; p++) __builtin_prefetch(w + R * n + R * i + 16 * p);
         ALL (int c = 0; c < 2; c++) {
             f16 v[4];
-            ALL (int b = 0; b < B; b++) v[b] = AT(x + b * n + i + 16 * c);
+            ALL (int b = 0; b < B; b++) { v[b] = AT(x + b * n + i + 16 * c); if (B > 1) HOLD(v[b]); }
             ALL (int r = 0; r < R; r++) {
                 f16 a;
                 if (small) a = wide(q + r * n + i + 16 * c) * z[r * G + i / 64];
                 else a = AT(w + r * n + i + 16 * c);
+                if (B > 1) HOLD(a);
                 ALL (int b = 0; b < B; b++) s[r][b][c] += a * v[b];
             }
         }

@@ -41,4 +41,6 @@ class PlanConfig(FaultConfig):
     optimizer_offload: bool = False # moments and fp32 copies in the host's memory
     margin: float = knob(0.06, low=0, high=1, advanced=True) # share of activations and workspace that the allocator loses between its blocks
     headroom: float = knob(0.05, low=0, high=1, advanced=True) # share of a device's memory that stays free
+    dry_run: int | None = knob(None, low=0) # a rank: the best layout, or that of `run`, is played by this process as that rank; what it holds and sends is printed
+    run: str = knob("", advanced=True) # with dry_run: YAML of `train` whose layout is played on `devices` as it stands
     validate: str = "" # csv of published runs: predict each, fit nothing, tell the errors

@@ -26,7 +26,7 @@ class Table(NamedTuple):
 def _columns(text): return dict(c.rpartition("=")[::2] for c in text.split(" | ")) # "Step=step | Free=free"
 
 _SPLIT = ["computing", "communication_not_overlapped AS exposed", "overlapped", "communication", "free", "stage", "bubble", "communication_not_overlapped_and_exclude_receive AS without_receive", "preparing"]
-_word = lambda column: f"(SELECT value FROM STRING_IDS WHERE id = {column})" # texts are numbers there
+_word = lambda column: f"(SELECT value FROM temp.words WHERE id = {column})" # texts are numbers there: STRING_IDS, copied by `read_db` with an index
 _step = "(SELECT max(s.id) FROM STEP_TIME s WHERE s.startNs <= {0}.startNs AND {0}.startNs < s.endNs)"
 _tasks = "FROM COMPUTE_TASK_INFO i JOIN TASK t ON t.globalTaskId = i.globalTaskId"
 
@@ -148,8 +148,11 @@ def read_db(
             have = {n for n, in db.execute("SELECT name FROM sqlite_master WHERE type IN ('table', 'view')")}
             need = _NEEDED.get(name) or re.search(r"FROM (\w+)", TABLES[name].db)[1]
             if need not in have: return None
+            db.execute("PRAGMA temp_store = memory")
             for t, cols in _MAY_LACK.items():
                 if t not in have: db.execute(f"CREATE TEMP TABLE {t} ({cols})")
+            db.execute("CREATE TEMP TABLE words (id INTEGER PRIMARY KEY, value TEXT)")
+            if TABLES[name].where == "main": db.execute("INSERT OR IGNORE INTO temp.words SELECT id, value FROM STRING_IDS")
             got = db.execute(TABLES[name].db)
             return _shape(pd.DataFrame(got.fetchall(), columns=[c[0] for c in got.description]))
         finally: db.close()

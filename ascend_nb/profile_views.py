@@ -225,7 +225,7 @@ def compare_profiles(
         t = top_operators(p, n=10**6)
         return t.assign(ms=t.ms / n, count=t["count"] / n).groupby("type")[["ms", "count"]].sum()
     x, y = ops(a), ops(b)
-    both = x.join(y, how="outer", lsuffix="_before", rsuffix="_after").fillna(0.)
+    both = x.add_suffix("_before").join(y.add_suffix("_after"), how="outer").fillna(0.)
     both["change_ms"] = both.ms_after - both.ms_before
     steps = pd.DataFrame(dict(before=step(a), after=step(b)))
     steps["change"] = steps.after - steps.before

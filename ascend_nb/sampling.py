@@ -7,6 +7,7 @@ __all__ = ['warp', 'penalised', 'penalise', 'draws', 'Chooser', 'choose', 'check
 
 # %% ../nbs/49c_sampling.ipynb #bd04d4e5
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 from .config import SampleConfig
 from .core import UserError, messages
@@ -72,30 +73,41 @@ class Chooser:
         cfg: SampleConfig, # how to choose
         prompt: list, # ids
         generator: torch.Generator | None = None, # of the draws, on the CPU; none: a new one from cfg.seed
-        score: bool = False # keep how likely each token was
+        score: bool = False, # keep how likely each token was
+        rules=None, # what the answer must look like, from the room *rules*; none: anything
+        top: int = 0 # keep this many of the likeliest at each token too
     ):
-        self.cfg, self.prompt, self.answer, self.scores = cfg, list(prompt), [], [] if score else None
+        self.cfg, self.prompt, self.answer, self.scores = cfg, list(prompt), [], [] if score or top else None
+        self.rules, self.top, self.tops = rules, top, [] # tops: of each token [(id, log-probability)]
         self.generator = generator or torch.Generator().manual_seed(cfg.seed)
         self.plain = not penalised(cfg)
 
-    def look(self,
-        logits: Tensor # (V,)
-    ) -> int: # the id that would be chosen now
-        "Choose. Where there is a draw, the generator moves on."
-        if self.plain and not draws(self.cfg): return int(logits.argmax())
-        z = logits.cpu()
-        if not self.plain: z = penalise(z, self.cfg, self.prompt, self.answer)
-        if not draws(self.cfg): return int(z.argmax())
-        return int(torch.multinomial(warp(z, self.cfg).softmax(0), 1, generator=self.generator))
+# %% ../nbs/49c_sampling.ipynb #9938d2b2
+@patch
+def look(self: Chooser,
+    logits: Tensor # (V,)
+) -> int: # the id that would be chosen now
+    "Choose. Where there is a draw, the generator moves on."
+    if self.plain and not draws(self.cfg) and not self.rules: return int(logits.argmax())
+    z = logits.cpu()
+    if not self.plain: z = penalise(z, self.cfg, self.prompt, self.answer)
+    if self.rules: z = self.rules.mask(z)
+    if not draws(self.cfg): return int(z.argmax())
+    return int(torch.multinomial(warp(z, self.cfg).softmax(0), 1, generator=self.generator))
 
-    def __call__(self,
-        logits: Tensor # (V,)
-    ) -> int: # the id, which is part of the text now
-        "Choose and remember."
-        t = self.look(logits)
-        self.answer.append(t)
-        if self.scores is not None: self.scores.append(float(logits.float().log_softmax(-1)[t]))
-        return t
+@patch
+def __call__(self: Chooser,
+    logits: Tensor # (V,)
+) -> int: # the id, which is part of the text now
+    "Choose and remember."
+    t = self.look(logits)
+    self.answer.append(t)
+    if self.rules: self.rules.take(t)
+    if self.scores is not None:
+        p = logits.float().log_softmax(-1)
+        self.scores.append(float(p[t]))
+        if self.top: self.tops.append([(i, v) for v, i in zip(*(x.tolist() for x in p.topk(min(self.top, len(p)))))])
+    return t
 
 # %% ../nbs/49c_sampling.ipynb #c82cc9d8
 def choose(

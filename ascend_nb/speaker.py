@@ -8,6 +8,7 @@ __all__ = ['Piece', 'End', 'Ticket', 'Speaker']
 # %% ../nbs/54_speaker.ipynb #a7247f84
 import queue, threading, time
 from typing import NamedTuple
+from fastcore.basics import patch
 from .batches import Batch
 from .config import SampleConfig
 from .core import UserError, messages
@@ -18,6 +19,8 @@ class Piece(NamedTuple):
     "More of an answer."
     text: str # may be empty: half a character, or what may become a stop word
     id: int # the token
+    logprob: float | None = None # how likely the model held it, where that was asked for
+    top: list = [] # [(id, log-probability)] of the likeliest
 
 class End(NamedTuple):
     "An answer is over."
@@ -34,8 +37,11 @@ class Ticket:
         ids: list, # the prompt
         cfg: SampleConfig, # how to choose
         tell, # called with each Piece, then with an End or an exception
-        seconds: float # to live
+        seconds: float, # to live
+        scores: bool = False, # tell how likely each token was
+        top: int = 0 # and this many of the likeliest
     ):
+        self.scores, self.top = scores, top
         self.out, self.ids, self.cfg, self.tell, self.end_at, self.gone, self.n = out, ids, cfg, tell, time.monotonic() + seconds, False, 0
 
     def cancel(self) -> None: self.gone = True
@@ -43,26 +49,31 @@ class Ticket:
     def over(self) -> str: # why it must end now; empty: it need not
         return "cancelled" if self.gone else "timeout" if time.monotonic() > self.end_at else ""
 
-    def take(self,
-        id: int, # the next token
-        why: str | None # why the model ends here; none: it goes on
-    ) -> bool: # is the answer over?
-        "Make text of a token."
-        self.n += 1
-        if why != "eos":
-            self.tell(Piece(self.out.stop.add(self.out.detok.add(id)), id))
-            why = "stop" if self.out.stop.found else why
-        if why or (why := self.over()): self.finish(why)
-        return bool(why)
+# %% ../nbs/54_speaker.ipynb #60949cb0
+@patch
+def take(self: Ticket,
+    id: int, # the next token
+    why: str | None, # why the model ends here; none: it goes on
+    logprob: float | None = None, # of the token
+    top: list = () # [(id, log-probability)] of the likeliest
+) -> bool: # is the answer over?
+    "Make text of a token."
+    self.n += 1
+    if why != "eos":
+        self.tell(Piece(self.out.stop.add(self.out.detok.add(id)), id, logprob, top))
+        why = "stop" if self.out.stop.found else why
+    if why or (why := self.over()): self.finish(why)
+    return bool(why)
 
-    def finish(self,
-        why: str # see `End`
-    ) -> None:
-        "Tell what was held back, and that it is over."
-        rest = "" if why == "stop" else self.out.stop.add(self.out.detok.end(whole=True))
-        if self.out.stop.found: why, tail = "stop", rest
-        else: tail = rest + self.out.stop.end()
-        self.tell(End(why, tail, len(self.ids), self.n))
+@patch
+def finish(self: Ticket,
+    why: str # see `End`
+) -> None:
+    "Tell what was held back, and that it is over."
+    rest = "" if self.out.stop.found else self.out.stop.add(self.out.detok.end(whole=True))
+    if self.out.stop.found: why, tail = "stop", rest
+    else: tail = rest + self.out.stop.end()
+    self.tell(End(why, tail, len(self.ids), self.n))
 
 # %% ../nbs/54_speaker.ipynb #d3f028c4
 messages(
@@ -90,10 +101,12 @@ class Speaker:
         ids: list, # prompt
         cfg: SampleConfig, # how to choose, when to stop
         tell, # see `Ticket`
-        fresh: bool = True # an answer; False: the text goes on with the prompt's last word
+        fresh: bool = True, # an answer; False: the text goes on with the prompt's last word
+        scores: bool = False, # tell how likely each token was
+        top: int = 0 # and this many of the likeliest
     ) -> Ticket:
         "Get in line. Raises UserError for a prompt that cannot be read, a line that is full, or a server that is closing."
-        ticket = Ticket(stream(self.model, self.tokenizer, ids, cfg, fresh=fresh), ids, cfg, tell, self.seconds)
+        ticket = Ticket(stream(self.model, self.tokenizer, ids, cfg, fresh=fresh), ids, cfg, tell, self.seconds, scores, top)
         with self.lock:
             if self.closed: raise UserError("speak_closed")
             if self.waiting >= self.most + self.batch.free: raise UserError("speak_full", n=self.waiting)
@@ -116,7 +129,7 @@ def _enter(self: Speaker) -> None:
         if t is None: return
         with self.lock: self.waiting -= 1
         if self.closed or (why := t.over()): t.finish("cancelled" if self.closed else why); continue
-        try: self.living[self.batch.add(t.ids, t.cfg, t.out.room, t.out.ends)] = t
+        try: self.living[self.batch.add(t.ids, t.cfg, t.out.room, t.out.ends, t.scores, t.out.rules, t.top)] = t
         except Exception as e: t.tell(e)
 
 def _work(self: Speaker) -> None:
@@ -129,8 +142,8 @@ def _work(self: Speaker) -> None:
         except Exception as e: # one bad step must not take the server down: those who were in it are told
             for key in list(self.living): self._leave(key).tell(e)
             continue
-        for key, token, _, why in made:
-            if self.living[key].take(token, why): self._leave(key)
+        for m in made:
+            if self.living[m.key].take(m.id, m.why, m.logprob, m.top): self._leave(m.key)
     for key in list(self.living): self._leave(key).finish("cancelled")
     while not self.line.empty():
         if t := self.line.get(): t.finish("cancelled")

@@ -30,6 +30,8 @@ class SampleConfig:
     length_penalty: float = knob(1.0, advanced=True) # a beam's score is divided by its length to this power: above 0 favours long texts
     num_return_sequences: int = knob(1, low=1, advanced=True) # texts that come back
     stop: list[str] = knob([]) # words that end the answer; not part of it
+    regex: str = knob("", advanced=True) # the whole answer matches this regular expression
+    json_schema: str = knob("", advanced=True) # the whole answer is JSON of this schema: its text, or the name of a file that has it
     seed: int = 1234 # of the draws
 
 # %% ../nbs/02e_speaking.ipynb #71f44650

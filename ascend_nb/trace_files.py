@@ -75,11 +75,12 @@ class Spans:
         keep=lambda e: True # (event) -> is it kept?
     ):
         names, cats, lanes, arrows = Names(), Names(), Names(), {c: ({}, {}) for c in (*_ARROWS, _TURN)}
-        self.path, self.titles, self.threads, cols = path, {}, {}, [array(t) for t in "iiiqq"]
+        self.path, self.titles, self.threads, self.memory, cols = path, {}, {}, [], [array(t) for t in "iiiqq"]
         for e in read_events(path):
             ph, where = e.get("ph"), (e.get("pid"), e.get("tid"))
             if ph == "M" and e.get("name") in ("process_name", "thread_name"): (self.titles if e["name"][0] == "p" else self.threads)[where[0] if e["name"][0] == "p" else where] = str(e["args"]["name"])
             elif ph in ("s", "f") and e.get("cat") in arrows: arrows[e["cat"]][ph == "f"].setdefault(e["id"], (nanoseconds(e["ts"]), where))
+            elif ph == "i" and e.get("name") == "[memory]": self.memory.append((nanoseconds(e["ts"]), where, *(e["args"].get(k, 0) for k in ("Device Type", "Addr", "Bytes", "Total Allocated", "Total Reserved"))))
             elif ph == "X" and keep(e):
                 for col, v in zip(cols, (lanes[where], cats[e.get("cat", "")], names[e["name"]], nanoseconds(e["ts"]), nanoseconds(e.get("dur", 0)))): col.append(v)
         lane, cat, name, start, ns = (np.frombuffer(c, c.typecode) if len(c) else np.zeros(0, c.typecode) for c in cols)
@@ -164,9 +165,24 @@ def _steps(s, k, on_device): # of (number, begin, end), and each kernel's place 
     return [(n, *((m.start_ns.min(), (m.start_ns + m.ns).max()) if on_device and len(m) else marks[n])) for n, m in zip(numbers, mine)], which
 
 # %% ../nbs/57_trace_files.ipynb #8c487b92
+def _memory(s, host): # of the device that is not the host, where there is one: "memory", "blocks"
+    rows = [m for m in s.memory if m[2] == max(x[2] for x in s.memory)] # device type 0 is the CPU
+    t, number, spans, live, blocks = s.table[host], {w: i for i, w in enumerate(s.lanes)}, {}, {}, []
+    for lane, g in t.groupby("lane"): g = g.sort_values(["start_ns", "ns"], ascending=[True, False]); spans[lane] = g.start_ns.to_numpy(), (g.start_ns + g.ns).to_numpy(), g.name.astype(str).to_numpy()
+    def owner(at, where):
+        starts, ends, names = spans.get(number.get(where), ((), (), ()))
+        i = int(np.searchsorted(starts, at, side="right")) - 1
+        return next((names[j] for j in range(i, max(-1, i - 500), -1) if ends[j] >= at), "(no operator)")
+    for at, where, _, address, size, total, _ in sorted(rows):
+        if size > 0: live[address] = len(blocks); blocks.append([owner(at, where), size / 1024, at, pd.NA, total / 2**20])
+        elif address in live: blocks[live.pop(address)][3] = at
+    return dict(memory=pd.DataFrame([("torch", r[0], r[5] / 2**20, r[6] / 2**20) for r in sorted(rows)], columns=["component", "time_ns", "allocated", "reserved"]).astype({"time_ns": "Int64"}),
+                blocks=pd.DataFrame(blocks, columns=["name", "kb", "start_ns", "end_ns", "allocated"]).astype({"start_ns": "Int64", "end_ns": "Int64"}))
+
+# %% ../nbs/57_trace_files.ipynb #e78eea0d
 def trace_tables(
     path # a Chrome trace
-) -> dict: # "kernels" and "steps" -> DataFrame, columns as of `profile_files`
+) -> dict: # "kernels", "steps", and where it was recorded "memory", "blocks" -> DataFrame, columns as of `profile_files`
     "What a trace tells of a rank. Raises UserError where nothing in it lasts."
     s = Spans(path, lambda e: e.get("cat") not in ("python_function", "Trace", "enqueue", "dequeue"))
     if s.table.empty: raise UserError("trace_empty", path=path)
@@ -179,6 +195,6 @@ def trace_tables(
     steps, which = _steps(s, k, on_device)
     kernels = pd.DataFrame(dict(step=np.array([n for n, _, _ in steps])[which], name=k.name.astype(str), type=k.name.astype(str), core=k.core, start_ns=k.start_ns, duration=k.us)).reset_index(drop=True)
     rows = [dict(step=n, **split_time(k[~k.talk], k[k.talk], a, b)) for n, a, b in steps]
-    return dict(kernels=kernels, steps=pd.DataFrame(rows))
+    return dict(kernels=kernels, steps=pd.DataFrame(rows)) | (_memory(s, host) if s.memory else {})
 
 messages(trace_empty=("Found no event that lasts in {path}; expected operators or kernels. Record at least one whole step.", "{path} 中没有任何有时长的事件；应包含算子或核函数。请至少采集一个完整的步。"))

@@ -30,6 +30,7 @@ from .parallel_trainer import ParallelTrainer
 from .preflight import Flight
 from .prepared import prepared
 from .schema import load_yaml, save_yaml, to_dict
+from .speed import speeds
 from .spread import build_engine, crew, end, fit_grid, idle, pad_unit, whole_model
 from .stages import STAGES, ask_reference, check_stage, idle_knobs, reference_of, rewards, wanted
 from .reference import Reference
@@ -39,12 +40,19 @@ from .tuning import DATA_OF
 from .watchers import watchers
 
 # %% ../nbs/43_training.ipynb #e35baefa
+def _by_itself(m: ModelConfig, key: str) -> bool:
+    "Would the key have its value without being asked for? A YAML file holds what was derived when it was written."
+    if key not in ModelConfig().reasons(): return False
+    try: return getattr(replace(m, **{key: 0}), key) == getattr(m, key)
+    except UserError: return False
+
+# %% ../nbs/43_training.ipynb #6353df62
 def _shape(cfg: RunConfig, tokenizer) -> ModelConfig:
     "The model's config: that of `load`, or the section `model` with the tokenizer's vocabulary and special ids."
     m = cfg.model
     if cfg.train.load:
         shape = config_from_hf(model_folder(cfg.train.load))
-        asked = {k: v for k, v in to_dict(m, changed=True).items() if k not in m.reasons() and v != getattr(shape, k)}
+        asked = {k: v for k, v in to_dict(m, changed=True).items() if v != getattr(shape, k) and not _by_itself(m, k)}
         if asked: raise UserError("other_shape", load=cfg.train.load, asked=", ".join(f"{k}={v} (there {getattr(shape, k)})" for k, v in asked.items()))
         return shape
     if not m.vocab_size and tokenizer is None: raise UserError("no_vocab")
@@ -188,7 +196,7 @@ def build(
     loss, engine = stage.loss(cfg.tune), build_engine(cfg, mesh, stage.load(weights, t.seed), stage.make, plan)
     flight = [Flight(mesh, run)] if cfg.guard.preflight else []
     guards += flight + ([loss] if hasattr(loss, "after_update") else [])
-    trainer = ParallelTrainer(engine, t, data["train"], loss, [*crew(run, tokenizer, mesh, cfg.guard.keep_every), *lifelines(cfg.guard, run, mesh.main), *guards, *callbacks], data.get("valid"), rates(cfg.tune))
+    trainer = ParallelTrainer(engine, t, data["train"], loss, [*crew(run, tokenizer, mesh, cfg.guard.keep_every), *lifelines(cfg.guard, run, mesh.main), *guards, *speeds(cfg, mesh.sizes.world, t.micro_batch_size * t.accumulation(mesh.sizes.data) * mesh.sizes.data * (1 + (DATA_OF[t.stage] == "pair"))), *callbacks], data.get("valid"), rates(cfg.tune))
     reference = reference_of(cfg, data, mesh, run, trainer.dtype_choice.value)
     if reference and not reference.find(fresh=begin is None) and begin is not None: ask_reference(reference, cfg, trainer, weights) # while the model is what it was
     if begin is not None: trainer.restore(run, begin, checked=True)

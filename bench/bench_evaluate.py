@@ -1,7 +1,8 @@
-"""Scoring MMLU in the shape of SmolLM2-135M (fp32, random weights) against lm-evaluation-harness's HFLM: one JSON line.
+"""Scoring MMLU in the shape of SmolLM2-135M (fp32, random weights) against lm-evaluation-harness's HFLM: one JSON line, and one for written answers.
 
 Both get the same questions, the same weights and the same batch size, and take turns, round after round; tokenisation is part of the time, loading is not.
 The claim is 5-shot MMLU; the other cases stand beside it. Every log-likelihood is compared: a fast wrong score is no score.
+Written answers (GSM8K, 1-shot, prompts and answers of unequal length): side by side, one after the other, and HFLM.generate_until; every text is compared. ASCEND_NB_SMOLLM2 names a folder with the real weights for these; without it they are random.
 """
 import argparse
 import json
@@ -26,6 +27,7 @@ from ascend_nb.hf_format import load_model, save_model
 from ascend_nb.model import Decoder
 from ascend_nb.tasks import load_task
 from ascend_nb.tokenizers import load_tokenizer
+from ascend_nb.writing import batch_for, write_answers
 
 logging.disable(logging.WARNING)
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,6 +55,35 @@ def folder_with(room, text):
     return room / "model"
 
 
+def sums(n):
+    "Real questions of GSM8K where they are, else the quiz."
+    file = DATA.parent.parent / "gsm8k/test.jsonl"
+    return load_task("gsm8k", file, 1, n) if file.is_file() else load_task("mmlu", ROOT / "data_samples/town_quiz/test", 2, 6)
+
+
+def written(folder, rounds, batch_size, answers, most=48, until=("Question:", "\n\n")):
+    "Seconds per answer: side by side, one by one, lm-eval's; how many texts are the same."
+    real = os.environ.get("ASCEND_NB_SMOLLM2")
+    folder = Path(real) if real else folder # answers of real weights end where they like
+    model, tok, lm = load_model(folder), load_tokenizer(folder), HFLM(pretrained=LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32), tokenizer=AutoTokenizer.from_pretrained(folder), batch_size=batch_size, device="cpu")
+    items, took, same = sums(answers), [], 0
+    ids = [tok.encode(i.prompt, special=True) for i in items]
+    sides = (lambda: write_answers(model, tok, ids, most, until, batch=batch_for(model, batch_size)), lambda: write_answers(model, tok, ids, most, until, batch=batch_for(model, 1)),
+             lambda: lm.generate_until([Instance("generate_until", {}, (i.prompt, dict(until=list(until), max_gen_toks=most, do_sample=False)), 0) for i in items], disable_tqdm=True))
+    for _ in range(rounds):
+        seconds, texts = [], []
+        for side in sides:
+            began = time.perf_counter()
+            texts.append(side())
+            seconds.append((time.perf_counter() - began) / len(items))
+        took.append(seconds)
+        same += sum(a == b == c for a, b, c in zip(*texts, strict=True))
+    side, one, peer = (statistics.median(x) for x in zip(*took, strict=True))
+    print(json.dumps(dict(name="evaluate_written", ratio=round(statistics.median(t[2] / t[0] for t in took), 2), ours=round(side, 3), peer=round(peer, 3), unit="s per answer, gsm8k 1-shot", peer_name="lm_eval HFLM.generate_until",
+                          gain_over_one_by_one=round(statistics.median(t[1] / t[0] for t in took), 2), one_by_one=round(one, 3), same_texts=f"{same} of {rounds * len(items)}", weights="real" if real else "random",
+                          batch_size=batch_size, rounds=rounds)))
+
+
 def best(logprobs): return logprobs.index(max(logprobs))
 
 
@@ -62,12 +93,15 @@ def main():
     cli.add_argument("--limit", type=int, default=0, help="questions of each subject; 0: 24 of the claim, 10 of the other cases")
     cli.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES), help="which of them; the claim is the first")
     cli.add_argument("--batch-size", type=int, default=8)
+    cli.add_argument("--written", type=int, default=1, help="rounds of written answers; 0: none")
+    cli.add_argument("--answers", type=int, default=12, help="how many are written in a round")
     args = cli.parse_args()
     took, worst, asked, same = {}, 0.0, 0, 0
     with tempfile.TemporaryDirectory() as d:
         folder = folder_with(Path(d), [i.prompt for i in questions("mmlu", 5, 0)])
-        model, tok = load_model(folder), load_tokenizer(folder)
-        lm = HFLM(pretrained=LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32), tokenizer=AutoTokenizer.from_pretrained(folder), batch_size=args.batch_size, device="cpu")
+        if args.rounds:
+            model, tok = load_model(folder), load_tokenizer(folder)
+            lm = HFLM(pretrained=LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32), tokenizer=AutoTokenizer.from_pretrained(folder), batch_size=args.batch_size, device="cpu")
         for _ in range(args.rounds):
             for case in args.cases:
                 task, shots = CASES[case]
@@ -80,6 +114,9 @@ def main():
                 worst = max(worst, *(abs(a - b[0]) for a, b in zip(ours, theirs, strict=True)))
                 for n in range(0, len(ours), 4): asked, same = asked + 1, same + (best(ours[n:n + 4]) == best([x for x, _ in theirs[n:n + 4]]))
                 took.setdefault(case, []).append(((middle - began) / len(items), (end - middle) / len(items)))
+        model = lm = None
+        if args.written: written(folder, args.written, args.batch_size, args.answers)
+    if not took: return
     median = {case: [statistics.median(x) for x in zip(*rounds, strict=True)] for case, rounds in took.items()}
     ratio = {case: statistics.median(theirs / ours for ours, theirs in rounds) for case, rounds in took.items()}
     claim = args.cases[0]

@@ -1,7 +1,7 @@
 """LoRA SFT of SmolLM2-135M on real instructions (alpaca_en_demo), fp32 on CPUs: one JSON line.
 
 Three sides, each in a process of its own that holds nothing else, take turns for a few steps, round after round:
-  ours    ascend_nb's Trainer with the callbacks of every run, one row of text in each row of a batch, padded to the longest
+  ours    ascend_nb's Trainer with the callbacks of every run, one row of text in each row of a batch, padded to the longest; a step leaves the padding out
   peer    peft and transformers' Trainer on the very same batches: the same ids, labels, padding and attention mask
   packed  ours, several rows of text in one of seq_length tokens, which do not see each other
 Rank 16 on all linear layers, AdamW, gradients clipped, the loss on answers alone. tokens/s count text, not padding. A ratio is the median of the

@@ -1,4 +1,5 @@
 """Chat: what the model is shown, what is kept, and the command as a real process, interrupts included."""
+import copy
 import json
 import os
 import signal
@@ -174,3 +175,15 @@ def test_ctrl_c_twice_at_the_prompt_leaves(folder):
     p.send_signal(signal.SIGINT)
     out, rest = p.communicate(timeout=60)
     assert p.returncode == 0 and out == "", rest
+
+
+@pytest.mark.parametrize("template,words", [
+    ("{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}\n{% endif %}{% endfor %}", "leaves out what the assistant said"),
+    ("{% for m in messages %}{% if m['role'] != 'user' %}{{ raise_exception('only users may speak') }}{% endif %}{{ m['content'] }}{% endfor %}", "only users may speak"),
+])
+def test_a_template_without_an_assistant_is_told(both, template, words):
+    model, tok = both
+    deaf = copy.copy(tok)
+    deaf.chat_template = template
+    with pytest.raises(UserError, match=words): Chat(model, deaf, ChatConfig(model=""))
+    if "leaves" in words: assert Chat(model, deaf, ChatConfig(model="", history_turns=0)).prompt("Who?")

@@ -32,10 +32,10 @@ def test_wilson_and_mcnemar_are_scipys():
         ci = binomtest(k, n).proportion_ci(method="wilson")
         assert wilson(k, n) == pytest.approx((ci.low, ci.high), abs=1e-6)
     rng = random.Random(3)
-    for n in (10, 60, 400, 3000):
+    for n in (10, 60, 400, 3000, 40000):
         a, b = ([int(rng.random() < p) for _ in range(n)] for p in (.4, .5))
         only_a, only_b, p = mcnemar(a, b)
-        assert only_a == sum(x and not y for x, y in zip(a, b, strict=True)) and p == pytest.approx(binomtest(only_b, only_a + only_b).pvalue, rel=0.1 if n > 2000 else 1e-9)
+        assert only_a == sum(x and not y for x, y in zip(a, b, strict=True)) and p == pytest.approx(binomtest(only_b, only_a + only_b).pvalue, rel=1e-9)
     assert mcnemar([1, 0], [1, 0]) == (0, 0, 1.0)
 
 
@@ -134,6 +134,46 @@ def test_own_tasks(room, tmp_path):
     assert done.returncode == 2 and "expected a YAML file that describes a task" in done.stderr
 
 
+QUESTION, CODE = dict(question="q {}", answer="It is 1+1=<<1+1=2>>2.\n#### 2"), dict(task_id="x/0", prompt="def f(a):\n", entry_point="f", test="def check(f): assert f(1) == 1\n")
+EVERY = { # task -> files, as the benchmark lays them out
+    "ceval": {f"ceval/{p}/logic_{p}.csv": "id,question,A,B,C,D,answer\n0,q1,1,2,3,4,A\n1,q2,1,2,3,4,D\n" for p in ("val", "dev")},
+    "cmmlu": {f"cmmlu/{p}/arts.csv": ",Question,A,B,C,D,Answer\n0,q1,1,2,3,4,A\n1,q2,1,2,3,4,D\n" for p in ("test", "dev")},
+    "agieval": {"agieval/sat-math.jsonl": "".join(json.dumps(dict(passage=None, question=f"q{i}", options=["(A)1", "(B)2"], label="AB"[i % 2])) + "\n" for i in range(4))},
+    "bbh": {"bbh/word_sorting.json": json.dumps(dict(examples=[dict(input=f"b a {i}", target="a b") for i in range(5)]))},
+    "gsm8k": {"gsm8k/test.jsonl": "".join(json.dumps(QUESTION | dict(question=f"q {i}")) + "\n" for i in range(8))},
+    "human_eval": {"human_eval/human-eval.jsonl": json.dumps(CODE) + "\n"},
+    "hellaswag": {"hellaswag/hellaswag_val.jsonl": json.dumps(dict(activity_label="Home", ctx_a="A man", ctx_b="he", endings=["a b", "c", "d e f", "g"], label=2)) + "\n"},
+    "needlebench": {"needlebench/needles.jsonl": json.dumps(dict(needle="Gold is in Mill Lane.", retrieval_question="Where is it?", arg2="Mill Lane", language="English")) + "\n",
+                    "needlebench/PaulGrahamEssays.jsonl": json.dumps(dict(text="The boat is old. " * 99)) + "\n"}}
+
+
+@pytest.fixture(scope="module")
+def every(room):
+    for files in EVERY.values():
+        for name, text in files.items():
+            (room / "every" / name).parent.mkdir(parents=True, exist_ok=True)
+            (room / "every" / name).write_text(text)
+    for name in ("mmlu", "boolq"): (room / "every" / name).symlink_to(room / "eval" / name)
+    return room / "every"
+
+
+@pytest.mark.parametrize("protocol", ["lm-eval", "modellink"])
+def test_every_task_by_every_protocol_from_the_files_to_the_log(room, every, tmp_path, protocol):
+    from ascend_nb.tasks import TASKS, get_task
+
+    names = [n for n in TASKS if get_task(n, protocol).protocol == protocol]
+    assert main("evaluate", "--model", room / "base", "--data-path", every, "--tasks", ",".join(names), "--protocol", protocol, "--num-fewshot", 0, "--limit", 2, "--max-new-tokens", 4, "--needle-length", 500,
+                "--device", "cpu", "--output", tmp_path / "r.json") == 0
+    saved = json.loads((tmp_path / "r.json").read_text())
+    assert list(saved["protocol"]) == names and set(saved["protocol"].values()) == {protocol} and len(names) >= 9
+    for n in names:
+        lines, task = [json.loads(x) for x in (tmp_path / f"samples_{n}.jsonl").read_text().splitlines()], get_task(n, protocol)
+        assert lines and all({"prompt", "gold", "correct", *(("choices", "logprobs", "prediction") if task.choices else ("output", "extracted"))} <= set(s) for s in lines), n
+        first = next(iter(task.metrics if task.choices else task.marks))
+        row = saved["results"][task.group or n]
+        assert row[first if "," in first else first + ",none"] == pytest.approx(sum(s[first] for s in lines) / len(lines)) and row["sample_len"] == len(lines), n
+
+
 BAD = {("--task", "mmlo"): "Did you mean mmlu?", ("--tasks", "mmlu,ceval"): "for the task ceval", ("--task", "mmlu", "--defects", "x", "--protocol", "modellink"): "which is not known",
        ("--task", "mmlu", "--num-fewshot", "9"): "Found 6 worked examples", ("--protocol", "lmeval"): "Did you mean lm-eval?", ("--task", "bbh"): "expected *.json for the task bbh"}
 
@@ -213,6 +253,30 @@ def test_worked_examples_become_turns(room, tmp_path):
     want = f"Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n### Instruction:\n{head}{shot}\n\n### Response:\n{AWKWARD[-1][5]}\n\n### Instruction:\n{ask}\n\n### Response:\n" # as Alpaca publishes its form
     assert tok.decode(context(tok, item, dict(prompt_type="alpaca")), skip_special=True) == want
     assert "".join([item.turns[0], " ", item.turns[1], "\n\n", item.turns[2]]) == item.prompt
+
+
+def test_megatron_checkpoints_and_adapters_are_asked_too(room, tmp_path):
+    "A checkpoint for two ranks scores as the model it came from; an adapter of peft's as the model that peft merged it into."
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    assert main("convert", room / "base", tmp_path / "mg", "--to", "mcore", "--tp", 2) == 0
+    torch.manual_seed(0)
+    peft = get_peft_model(AutoModelForCausalLM.from_pretrained(room / "base", dtype=torch.float32), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    peft.save_pretrained(tmp_path / "lora")
+    peft.merge_and_unload().save_pretrained(tmp_path / "merged")
+    save_bpe(tmp_path / "merged", bos=True)
+
+    def scores(name, *args):
+        assert main("evaluate", "--data-path", room / "eval", "--task", "boolq", "--device", "cpu", "--output", tmp_path / f"{name}/r.json", *args) == 0
+        return [json.loads(x)["logprobs"] for x in (tmp_path / f"{name}/samples_boolq.jsonl").read_text().splitlines()]
+
+    base = scores("a", "--model", room / "base")
+    assert scores("b", "--model", tmp_path / "mg", "--tokenizer-name-or-path", room / "base") == [pytest.approx(x, abs=1e-4) for x in base]
+    tuned = scores("c", "--model", room / "base", "--lora-load", tmp_path / "lora")
+    assert tuned == [pytest.approx(x, abs=1e-4) for x in scores("d", "--model", tmp_path / "merged")] and tuned[0] != pytest.approx(base[0], abs=1e-2)
+    assert main("evaluate", "--data-path", room / "eval", "--task", "boolq", "--model", tmp_path / "mg", "--device", "cpu") == 2
 
 
 def test_modellink_asks_in_the_template_and_names_its_defects(asked, capsys, tmp_path):

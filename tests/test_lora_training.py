@@ -71,7 +71,7 @@ def home(tmp_path_factory, samples):
     out = tmp_path_factory.mktemp("home")
     tokenizer = load_tokenizer(samples / "tokenizer")
     shape = dict(vocab_size=tokenizer.vocab_size, hidden_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, eos_token_id=[tokenizer.eos_token_id])
-    for name, kw in dict(base={}, other=dict(hidden_size=64)).items(): save_model(Decoder(ModelConfig(**{**shape, **kw})).init_weights(3), out / name, tokenizer)
+    for name, seed, kw in (("base", 3, {}), ("other", 3, dict(hidden_size=64)), ("twin", 4, {})): save_model(Decoder(ModelConfig(**{**shape, **kw})).init_weights(seed), out / name, tokenizer)
     preprocess.run(PreprocessConfig(input=str(samples / "instruct.json"), output_prefix=str(out / "instruct"), handler_name="AlpacaStyleInstructionHandler",
                                     tokenizer_name_or_path=str(samples / "tokenizer")), json=True)
     return out
@@ -219,10 +219,11 @@ def test_an_adapter_in_megatrons_ranks_goes_on_as_its_peft_form(home, tmp_path, 
 
 BAD = {
     "a word that means nothing": (dict(tune=dict(lora_target_modules=["q_prj"])), "Found target 'q_prj'", "Did you mean q_proj"),
-    "the head": (dict(tune=dict(lora_target_modules=["lm_head"])), "Found lm_head among the targets", "modules_to_save"),
+    "the head": (dict(tune=dict(lora_target_modules=["lm_head"])), "Found lm_head among the targets", "--lora-modules-to-save lm_head"),
     "no base": (dict(load=""), "without a model to adapt", "--load"),
     "another rank": (dict(tune=dict(lora_load="ADAPTER", lora_r=8)), "lora_r=4", "lora_r=8"),
     "other targets": (dict(tune=dict(lora_load="ADAPTER", lora_target_modules=["v_proj"])), "lora_target_modules=", "v_proj"),
+    "another base": (dict(model="twin", tune=dict(lora_load="ADAPTER")), "that was trained on", "Load that base"),
     "another shape": (dict(model="other", tune=dict(lora_load="ADAPTER")), "made for another model", ""),
     "no adapter there": (dict(tune=dict(lora_load="nowhere")), "adapter_config.json", "nowhere"),
     "a rank of nothing": (dict(tune=dict(lora_target_modules=["q_proj"], lora_dropout=1.)), "dropout", ""),
@@ -294,6 +295,8 @@ def test_generate_takes_an_adapter(home, two, capfd):
     assert cli.main(["generate", "--model", str(home / "base"), "--lora-load", str(home / "base"), *how]) == 2
     err = capfd.readouterr().err
     assert "adapter_config.json" in err and "Traceback" not in err
+    assert cli.main(["generate", "--model", str(home / "twin"), "--lora-load", str(two[0]), *how]) == 2
+    assert "that was trained on" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("lang", ["en", "zh"])

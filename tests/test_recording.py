@@ -103,3 +103,14 @@ def test_train_takes_modellinks_flags(tmp_path, samples):
         assert out.returncode == 0, out.stderr
     assert recorded(tmp_path / "prof")[0] == [6, 7]
     assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["profiling"]["profile_level"] == "level1"
+
+
+def test_who_holds_memory_in_torchs_trace(tmp_path):
+    "The largest sum of live pieces is what torch's own counter says at that moment."
+    from ascend_nb.profile_files import open_profile
+    from ascend_nb.profile_views import memory_curve, peak_owners
+    trainer([Recorder(ProfilingConfig(profile=True, profile_step_start=2, profile_step_end=3, profile_with_memory=True), tmp_path)]).fit()
+    p = open_profile(tmp_path)
+    totals = [e["args"]["Total Allocated"] for e in events(tmp_path) if e["name"] == "[memory]"]
+    assert memory_curve(p, 0).allocated.max() == pytest.approx(max(totals) / 2**20)
+    assert peak_owners(p, 0, 1000).mb.sum() == pytest.approx(max(totals) / 2**20) and p.table("steps").step.tolist() == [2]

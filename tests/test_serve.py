@@ -1,6 +1,8 @@
 """A real server in a process of its own, and the real `openai` client: many at once, those who leave, those who send nonsense."""
+import asyncio
 import json
 import os
+import queue
 import re
 import signal
 import socket
@@ -10,13 +12,17 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 from conftest import ROOT
 
 from ascend_nb.config import ModelConfig, SampleConfig
 from ascend_nb.generate import prompt_ids, stream
 from ascend_nb.hf_format import load_model, save_model
 from ascend_nb.model import Decoder
+from ascend_nb.serve import _body
+from ascend_nb.speaker import End, Speaker
 from ascend_nb.tokenizers import load_tokenizer
+from ascend_nb.wire import Refused
 
 openai = pytest.importorskip("openai", reason="the openai package comes with ascend_nb[dev]")
 import httpx  # noqa: E402
@@ -88,6 +94,37 @@ def test_chat_whole_and_in_pieces(client):
     assert [c.index for c in two.choices] == [0, 1] and two.choices[0].message.content != two.choices[1].message.content
 
 
+def test_log_probabilities_are_those_of_transformers(client, folder):
+    from transformers import AutoModelForCausalLM
+    tok, hf = load_tokenizer(folder), AutoModelForCausalLM.from_pretrained(folder).eval()
+    ask = dict(model="tales", prompt="A fox and a 狐", max_tokens=6, temperature=0, logprobs=3)
+    one = client.completions.create(**ask).choices[0]
+    ids = prompt_ids(tok, ask["prompt"])
+    out = stream(load_model(folder).eval(), tok, ids, SampleConfig(max_new_tokens=6))
+    assert "".join(out) == one.text
+    with torch.inference_mode(): p = hf(torch.tensor([ids + out.ids])).logits[0, len(ids) - 1:-1].log_softmax(-1)
+    assert one.logprobs.token_logprobs == pytest.approx([float(row[t]) for row, t in zip(p, out.ids, strict=True)], abs=1e-4)
+    assert [sorted(t.values(), reverse=True)[0] for t in one.logprobs.top_logprobs] == pytest.approx([float(row.max()) for row in p], abs=1e-4)
+    assert one.logprobs.text_offset[0] == 0 and len(one.logprobs.tokens) == 6
+    parts = [c.choices[0].logprobs for c in client.completions.create(**ask, stream=True) if c.choices]
+    assert [p.token_logprobs[0] for p in parts if p] == one.logprobs.token_logprobs
+    talk = dict(model="tales", messages=[{"role": "user", "content": "Of a 狐?"}], max_tokens=6, temperature=0, logprobs=True, top_logprobs=2)
+    told, text = (c := client.chat.completions.create(**talk).choices[0]).logprobs.content, c.message.content
+    assert all(len(t.top_logprobs) == 2 and t.top_logprobs[0].logprob == t.logprob for t in told)
+    assert bytes(b for t in told for b in t.bytes).decode(errors="ignore").startswith(text)
+
+
+def test_an_answer_of_a_given_form(client):
+    pytest.importorskip("llguidance")
+    shape = dict(type="object", properties=dict(legs=dict(type="integer", minimum=1, maximum=9), wings=dict(type="boolean")), required=["legs", "wings"], additionalProperties=False)
+    ask = dict(model="tales", messages=[{"role": "user", "content": "Of a fox?"}], max_tokens=60)
+    for i in range(3):
+        made = json.loads(client.chat.completions.create(**ask, seed=i, response_format=dict(type="json_schema", json_schema=dict(name="beast", schema=shape))).choices[0].message.content)
+        assert made["legs"] in range(1, 10) and made["wings"] in (True, False) and len(made) == 2
+    assert re.fullmatch("[ab]{3}c", client.chat.completions.create(**ask, extra_body=dict(guided_regex="[ab]{3}c")).choices[0].message.content)
+    with pytest.raises(openai.BadRequestError, match="cannot be used"): client.chat.completions.create(**ask, response_format=dict(type="json_schema", json_schema=dict(name="x", schema=dict(type="wizard"))))
+
+
 def test_a_stop_word_ends_and_is_not_shown(client):
     whole = client.completions.create(model="tales", prompt="A fox", max_tokens=24, temperature=0).choices[0].text
     word = whole[len(whole) // 2:][:3]
@@ -122,6 +159,9 @@ def test_a_full_line_turns_away_with_429_and_nobody_else_notices(client, raw):
     ("/v1/completions", {"prompt": "x", "temperature": 9}, 400, "from 0 to 2"), ("/v1/completions", {"prompt": "x", "max_tokens": 0}, 400, "from 1 to"),
     ("/v1/completions", {"prompt": "x", "max_tokens": True}, 400, "from 1 to"), ("/v1/completions", {"prompt": "x", "n": 99}, 400, "from 1 to 16"), ("/v1/completions", {"prompt": "x", "stream": "yes"}, 400, "true or false"),
     ("/v1/completions", {"prompt": "x", "model": "gpt-9"}, 404, "expected 'tales'"), ("/v1/completions", {"prompt": "x", "audio": {"voice": "alto"}}, 400, "cannot do"),
+    ("/v1/completions", {"prompt": "x", "logprobs": 99}, 400, "from 0 to 20"), ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "logprobs": "yes"}, 400, "true or false"),
+    ("/v1/completions", {"prompt": "x", "response_format": {"type": "xml"}}, 400, "json_object"), ("/v1/completions", {"prompt": "x", "logit_bias": {"5": 1000}}, 400, "from -100 to 100"),
+    ("/v1/completions", {"prompt": "x", "logit_bias": {"wolf": 1}}, 400, "a number each"),
 ])
 def test_nonsense_is_answered_in_the_clients_terms(raw, path, body, status, words):
     out = raw.post(path, content=body) if isinstance(body, bytes) else raw.post(path, json=body)
@@ -163,3 +203,20 @@ def test_a_server_that_cannot_start_says_why(folder, args, words):
         args = [str(s.getsockname()[1]) if a == "TAKEN" else a for a in args]
         out = subprocess.run([*COMMAND, "--model", str(folder), *args], cwd=ROOT, capture_output=True, text=True, env={k: v for k, v in os.environ.items() if k != "ASCEND_NB_API_KEY"})
     assert out.returncode == 2 and words in out.stderr and "Traceback" not in out.stderr, out.stderr
+
+
+def test_a_body_that_trickles_in_is_given_up():
+    class Slow:
+        async def stream(self):
+            yield b'{"prompt":'
+            await asyncio.sleep(5)
+    with pytest.raises(Refused) as e: asyncio.run(_body(Slow(), 1, .05))
+    assert e.value.status == 408 and "did not come within 0.05 s" in str(e.value)
+
+
+def test_an_answer_that_takes_too_long_ends(folder):
+    speaker, ends = Speaker(load_model(folder).eval(), load_tokenizer(folder), slots=1, seconds=.2), queue.SimpleQueue()
+    for _ in range(2): speaker.ask([5, 6], SampleConfig(max_new_tokens=500, logit_bias={"2": -1000}), lambda e: ends.put(e) if isinstance(e, End) else None)
+    one, other = ends.get(timeout=20), ends.get(timeout=20)  # the second one waited for the first
+    assert one.why == other.why == "timeout" and one.answer > other.answer == 0
+    speaker.close()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from here import ascend
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -19,7 +20,7 @@ from ascend_nb.callbacks import shown
 from ascend_nb.checkpoint import RunDir
 from ascend_nb.config import DataConfig, ModelConfig, ParallelConfig, PreprocessConfig, RunConfig, TrainConfig
 from ascend_nb.core import UserError
-from ascend_nb.schema import dump_yaml
+from ascend_nb.schema import dump_yaml, from_dict
 from ascend_nb.tokenizers import load_tokenizer
 from ascend_nb.trainer import Callback
 
@@ -263,6 +264,17 @@ def test_a_grid_that_does_not_fit_is_refused_clearly(config):
 def test_another_shape_than_that_of_load_is_refused(config):
     base = training.run(config("base", train_iters=1), json=True)["hf"]
     with pytest.raises(UserError, match=r"hidden_size=64 \(there 48\)"): training.run(config("other", load=base, model=dict(hidden_size=64)), json=True)
+
+
+def test_a_config_that_was_written_down_takes_the_shape_of_load_too(config):
+    "Sizes that a config derived stand in its YAML as if they had been asked for: a job that is launched reads such a file."
+    base = training.run(config("base", train_iters=1), json=True)["hf"]
+    cfg = replace(config("other", load=base), model=ModelConfig())
+    for model in (ModelConfig(), ModelConfig(hidden_size=48, num_attention_heads=2)):
+        cfg = replace(cfg, model=model)
+        written = from_dict(RunConfig, yaml.safe_load(dump_yaml(cfg)))
+        assert written.model.intermediate_size and training.resolve(written)[0].model == training.resolve(cfg)[0].model
+    with pytest.raises(UserError, match=r"intermediate_size=704"): training.resolve(replace(cfg, model=ModelConfig(hidden_size=48, num_attention_heads=2, intermediate_size=704)))
 
 
 def test_the_command_line_says_what_it_chose_and_prints_the_result_alone(config, tmp_path):

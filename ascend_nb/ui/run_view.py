@@ -12,6 +12,7 @@ from html import escape
 from io import BytesIO
 from pathlib import Path
 from ..core import human_time, lang, messages, phrase, MESSAGES
+from ..profiling import used_text
 
 # %% ../../nbs/61_run_view.ipynb #70fcd0fb
 class Tail:
@@ -37,8 +38,8 @@ class Tail:
 # %% ../../nbs/61_run_view.ipynb #b65211c9
 messages(
     run_waiting=("{run}: no step yet", "{run}：还没有任何训练步"),
-    run_going=("{run}: step {step} of {total}, loss {loss:.4f}, {speed:,.0f} tokens/s, {took} so far, {left} to go",
-               "{run}：第 {step} / {total} 步，损失 {loss:.4f}，{speed:,.0f} 词元/秒，已用 {took}，剩余 {left}"),
+    run_going=("{run}: step {step} of {total}, loss {loss:.4f}, {speed:,.0f} tokens/s{used}, {took} so far, {left} to go",
+               "{run}：第 {step} / {total} 步，损失 {loss:.4f}，{speed:,.0f} 词元/秒{used}，已用 {took}，剩余 {left}"),
     run_done=("{run}: done, {step} of {total} steps in {took}, loss {loss:.4f}", "{run}：完成，共 {step} / {total} 步，用时 {took}，损失 {loss:.4f}"),
     run_silent=("{run}: no news for {silent}; stopped at step {step} of {total}, loss {loss:.4f}?",
                 "{run}：已 {silent} 没有新数据；可能停在第 {step} / {total} 步，损失 {loss:.4f}"),
@@ -59,7 +60,7 @@ def summary(
     last, now = steps[-1], time.time() if now is None else now
     here = [r for r in steps if r["time"] >= began["time"]] or [last]
     took, done = last["time"] - began["time"], last["step"] - began.get("step", 0)
-    facts = dict(run=run, step=last["step"], total=total, loss=last["loss"], took=human_time(took), speed=last.get("tokens_per_s", 0),
+    facts = dict(run=run, step=last["step"], total=total, loss=last["loss"], took=human_time(took), speed=last.get("tokens_per_s", 0), used=used_text(last),
                  left=human_time(took / max(done, 1) * (total - last["step"])), silent=human_time(now - last["time"]))
     key = "run_done" if last["step"] >= total else "run_silent" if now - here[-1]["time"] > SILENT_S else "run_going"
     return key, phrase(key, **facts)
