@@ -8,7 +8,8 @@ __all__ = ['TILE', 'RATES', 'OVERLAP', 'WAIT', 'product_flops', 'collective', 'e
 
 # %% ../nbs/55b_step_time.ipynb #7f762465
 import numpy as np
-from .costs import Counts, Layout, attention_products, count, flops_per_token, held, mlp_products, pairs
+from .costs import Counts, Layout, attention_products, count, held, mlp_products
+from .flops import flops_per_token, pairs
 from .hardware import Device
 from .shapes import ModelConfig
 

@@ -8,7 +8,8 @@ import torch
 
 from ascend_nb.cli import main
 from ascend_nb.config import MemoryConfig, RunConfig, TrainConfig
-from ascend_nb.costs import Layout, count, flops_per_token, held, in_flight, layer_kept, states
+from ascend_nb.costs import Layout, count, held, in_flight, layer_kept, states
+from ascend_nb.flops import flops_per_token
 from ascend_nb.families import config_from_hf
 from ascend_nb.goodput import best_interval, daly, goodput, simulate, young
 from ascend_nb.hardware import DEVICES
