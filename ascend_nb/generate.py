@@ -235,6 +235,7 @@ def _belongs(tokenizer, model): # entries that were added later may have no row:
     if found > size: raise UserError("tokenizer_other", found=f"{found:,}", path=tokenizer.path, size=f"{size:,}")
     if 2 * tokenizer.vocab_size < size: say(phrase("tokenizer_small", found=f"{tokenizer.vocab_size:,}", size=f"{size:,}"))
 
+# %% ../nbs/50_generate.ipynb #6d06c9db
 def load(
     cfg, # GenerateConfig, ChatConfig or another with a model folder, device and dtype
     mesh=None # from `meet`; None: one process

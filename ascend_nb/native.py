@@ -21,16 +21,14 @@ _VECTORS = r"""
 #include <string.h>
 #ifdef __AVX512F__
 #include <immintrin.h>
+#define HOLD(a) __asm__("" : "+v"(a)) /* in a register: gcc would load it anew for every product */
+#else
+#define HOLD(a)
 #endif
 #ifdef _OPENMP
 #include <omp.h>
 #else
 static int omp_get_thread_num(void) { return 0; }
-#endif
-#ifdef __AVX512F__
-#define HOLD(a) __asm__("" : "+v"(a)) /* in a register: gcc would load it anew for every product */
-#else
-#define HOLD(a)
 #endif
 #define INLINE static inline __attribute__((always_inline))
 #define ALL _Pragma("GCC unroll 16") for
@@ -75,8 +73,7 @@ INLINE void tile(const Matrix *m, const int R, const int B, const int small, lon
             ALL (int r = 0; r < R; r++) {
                 f16 a;
                 if (small) a = wide(q + r * n + i + 16 * c) * z[r * G + i / 64];
-                else a = AT(w + r * n + i + 16 * c);
-                if (B > 1) HOLD(a);
+                else a = AT(w + r * n + i + 16 * c); if (B > 1) HOLD(a);
                 ALL (int b = 0; b < B; b++) s[r][b][c] += a * v[b];
             }
         }
@@ -326,9 +323,7 @@ messages(
 )
 
 @lru_cache
-def build(
-    source: str # a C program
-) -> tuple: # (the program as a ctypes library, or None; why there is none)
+def build(source: str) -> tuple: # source: a C program -> (the program as a ctypes library, or None; why there is none)
     "Compile once for each kind of machine, load once for each process."
     if os.environ.get("ASCEND_NB_NATIVE") == "0": return None, phrase("native_off")
     if os.name != "posix": return None, phrase("native_os")
