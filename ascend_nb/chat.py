@@ -29,11 +29,7 @@ messages(chat_deaf=("Found a chat template that leaves out what the assistant sa
                     "该对话模板不输出 assistant 的回答；而历史回答是对话的一部分。请用 --prompt-type 选择其他模板，或使用 --history-turns 0。"))
 messages(chat_trimmed=("{n} of the oldest questions left out: the model can read {length} tokens", "最早的 {n} 轮对话未送入模型：模型最多读取 {length} 个词元"))
 
-<<<<<<< HEAD
 # %% ../nbs/51_chat.ipynb #548cd98b
-=======
-# %% ../nbs/51_chat.ipynb #ff59497d
->>>>>>> gen
 class Chat:
     "A talk with a model. `ask` shows and returns an answer, `stream` hands out its pieces, `history` has all that was said."
     def __init__(self,
