@@ -65,12 +65,12 @@ def model_digest(
     return h.hexdigest()
 
 def folder_digest(
-    path # a Hugging Face folder, a PEFT adapter, a run folder or one of its steps
+    path # a Hugging Face folder, a PEFT adapter or one in Megatron's ranks, a run folder or one of its steps
 ) -> str: # 32 hex digits
     "Of the files that hold weights and their shape; of a saved step its manifest, which has their checksums."
     path, h = Path(path), hashlib.blake2b(digest_size=16)
     if not (path / "config.json").is_file() and is_step(path): files = [find_step(path) / "manifest.json"]
-    else: files = sorted(f for kind in ("*.safetensors", "*.bin", "config.json", "adapter_config.json") for f in path.glob(kind))
+    else: files = sorted(f for kind in ("*.safetensors", "*.bin", "config.json", "adapter_config.json", "**/model_optim_rng.pt") for f in path.glob(kind))
     for f in files:
         h.update(f"{f.name} {f.stat().st_size}".encode())
         with open(f, "rb") as data:
