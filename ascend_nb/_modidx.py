@@ -3181,6 +3181,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'ascend_nb.ui.forms._as_text': ('forms.html#_as_text', 'ascend_nb/ui/forms.py'),
                                     'ascend_nb.ui.forms._changed': ('forms.html#_changed', 'ascend_nb/ui/forms.py'),
                                     'ascend_nb.ui.forms._mime': ('forms.html#_mime', 'ascend_nb/ui/forms.py'),
+                                    'ascend_nb.ui.forms._offered': ('forms.html#_offered', 'ascend_nb/ui/forms.py'),
                                     'ascend_nb.ui.forms._read': ('forms.html#_read', 'ascend_nb/ui/forms.py'),
                                     'ascend_nb.ui.forms._start': ('forms.html#_start', 'ascend_nb/ui/forms.py'),
                                     'ascend_nb.ui.forms._value': ('forms.html#_value', 'ascend_nb/ui/forms.py'),

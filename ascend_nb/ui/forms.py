@@ -54,6 +54,11 @@ def from_text(
 # %% ../../nbs/60_forms.ipynb #99f0ba8d
 _STYLE, _WIDE = {"description_width": "230px"}, W.Layout(width="560px")
 
+def _offered(k): # values to choose from; a switch that may be left open has three
+    left = [None] if plain_type(k.type) is not k.type else []
+    values = [True, False] if left and plain_type(k.type) is bool else k.choices
+    return [*left, *values] if values else []
+
 class Field:
     "One knob: a control, and under it the reason why its value is refused."
     def __init__(self,
@@ -63,8 +68,9 @@ class Field:
     ):
         self.knob = k
         kw = dict(description=k.name, tooltip=k.help, style=_STYLE, layout=_WIDE)
-        if plain_type(k.type) is bool: self.control = W.Checkbox(value=bool(value), indent=True, **kw)
-        elif k.choices: self.control = W.Dropdown(options=[(str(c), c) for c in (*([None] if plain_type(k.type) is not k.type else []), *k.choices)], value=value, **kw)
+        self.offered = _offered(k)
+        if self.offered: self.control = W.Dropdown(options=[(str(c), c) for c in self.offered], value=value, **kw)
+        elif k.type is bool: self.control = W.Checkbox(value=bool(value), indent=True, **kw)
         else: self.control = W.Text(value=to_text(value), placeholder=k.help, continuous_update=True, **kw)
         self.note = W.HTML(layout=W.Layout(display="none", margin="0 0 4px 234px"))
         self.box = W.VBox([self.control, self.note])
@@ -72,7 +78,7 @@ class Field:
 
     def read(self): # the value in its type
         "The field's value. Raises UserError."
-        return self.control.value if self.knob.choices else from_text(self.knob, self.control.value) # a choice is offered in its type
+        return self.control.value if self.offered else from_text(self.knob, self.control.value) # a choice is offered in its type
 
     def complain(self,
         text: str # the reason; empty: none
