@@ -253,7 +253,7 @@ def test_experts(tmp_path, name):
 
 BAD = {
     "Did you mean q_proj": lambda m, a: add_adapter(m, LoraSpec(targets=["q_porj"])),
-    "whole=\\['embed_tokens'\\]": lambda m, a: add_adapter(m, LoraSpec(targets=["q_proj", "embed_tokens"])),
+    "--lora-modules-to-save embed_tokens": lambda m, a: add_adapter(m, LoraSpec(targets=["q_proj", "embed_tokens"])),
     "target 'nothing', which": lambda m, a: add_adapter(m, LoraSpec(targets="nothing")),
     "target 'gate', which": lambda m, a: add_adapter(m, LoraSpec(whole=("gate",))),
     "a rank of at least 1": lambda m, a: add_adapter(m, LoraSpec(r=0)),
