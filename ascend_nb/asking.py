@@ -9,7 +9,7 @@ __all__ = ['context', 'pairs_of', 'ids_of', 'chat_of', 'check_room']
 from .config import EvalConfig
 from .core import UserError, messages
 from .families import max_length
-from .generate import prompt_ids, template
+from .generate import hears, prompt_ids, template
 from .likelihood import encode_pairs
 from .tasks import Item
 from .templates import encode_prompt
@@ -51,11 +51,11 @@ def chat_of(
     wanted = protocol == "modellink" and bool(tokenizer.templates) if cfg.chat is None else cfg.chat
     if not (wanted or cfg.prompt_type): return None, []
     how, stops = template(cfg, tokenizer)
-    try: said = tokenizer.decode(encode_prompt([dict(role=r, content=c) for r, c in (("user", "one"), ("assistant", "certainly"), ("user", "two"))], tokenizer, **how), skip_special=False)
+    try: said, heard = hears(tokenizer, how)
     except UserError as e:
         if cfg.prompt_type: raise # it does not fit the tokenizer, and says so itself
-        said = str(e)
-    if "certainly" not in said: raise UserError("eval_no_assistant", got=said[:80])
+        said, heard = str(e), False
+    if not heard: raise UserError("eval_no_assistant", got=said[:80])
     return how, stops
 
 messages(

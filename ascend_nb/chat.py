@@ -15,7 +15,7 @@ from .adapters import book, use_adapter
 from .config import ChatConfig
 from .core import UserError, in_notebook, messages, phrase, rank_info, say
 from .families import max_length
-from .generate import Memory, check, fit, guesser, load, template
+from .generate import Memory, check, fit, guesser, hears, load, template
 from .generate import stream as stream_text
 from .many_devices import crowd, listening, meet
 from .model import Decoder
@@ -41,12 +41,8 @@ class Chat:
         if cfg.task.startswith("beam"): raise UserError("chat_beams", task=cfg.task)
         self.how, stops = template(cfg, tokenizer)
         self.model, self.tokenizer, self.cfg, self.guess = model, tokenizer, replace(cfg, stop=[*cfg.stop, *stops]), guesser(cfg, model)
-        if self.cfg.history_turns and not self._hears(): raise UserError("chat_deaf")
+        if self.cfg.history_turns and not hears(tokenizer, self.how)[1]: raise UserError("chat_deaf")
         self.clear()
-
-    def _hears(self): # does an answer show up in the next prompt?
-        said = [dict(role=r, content=c) for r, c in (("user", "one"), ("assistant", "twelve"), ("user", "three"))]
-        return "twelve" in self.tokenizer.decode(encode_prompt(said, self.tokenizer, **self.how))
 
     def clear(self) -> None:
         "Forget everything that was said."

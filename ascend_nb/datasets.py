@@ -93,9 +93,8 @@ def collate_sft(
 @patch
 def joined(self: Batch) -> Batch: # one row; itself where its rows stay as they are, or little would be saved
     "The texts of a batch one behind the other, without their padding. None sees another."
-    (B, S), n = self.input_ids.shape, sum(self.lengths)
-    width = math.ceil(n / self.unit) * self.unit
-    if not n or 16 * width > 15 * B * S: return self
+    (B, S), n, width = self.input_ids.shape, sum(self.lengths), self.positions
+    if width == B * S: return self
     at = torch.cat([torch.arange(k) + row * S for row, k in enumerate(self.lengths)]) # among the B·S tokens
     def take(x, fill): return torch.cat((x.flatten()[at], x.new_full((width - n,), fill)))[None]
     starts = torch.arange(0, B * S + 1, S) if self.cu_seqlens is None else torch.cat((torch.arange(0, B * S + 1, S), self.cu_seqlens.long()))
@@ -104,7 +103,9 @@ def joined(self: Batch) -> Batch: # one row; itself where its rows stay as they 
     return replace(self, input_ids=take(self.input_ids, int(self.input_ids[0, 0])), labels=take(self.labels, -100), position_ids=take(where, 0), cu_seqlens=ends, lengths=())
 
 @patch(as_prop=True)
-def positions(self: Batch) -> int: return self.joined().input_ids.numel() # that a model computes
+def positions(self: Batch) -> int: # that a model computes
+    n, whole = math.ceil(sum(self.lengths) / self.unit) * self.unit, self.input_ids.numel()
+    return n if 0 < 16 * n <= 15 * whole else whole
 
 # %% ../nbs/13_datasets.ipynb #5bbc4044
 messages(

@@ -6,7 +6,7 @@
 __all__ = ['KINDS', 'AXES', 'USUAL', 'MOST', 'GIB', 'as_rank', 'group_names', 'sent', 'Ledger', 'counting', 'DryRun', 'dry_run']
 
 # %% ../nbs/55f_dry_run.ipynb #c0015fd7
-import os, resource, time, warnings, weakref
+import os, time, warnings, weakref
 from array import array
 from collections import Counter
 from contextlib import contextmanager
@@ -25,11 +25,13 @@ from .config import ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from .core import UserError, messages, phrase
 from .datasets import Batch
 from .engine import Engine, build_stages, refuse
+from .experts import in_backward
 from .losses import causal_lm_loss
-from .mesh import Mesh, check
+from .mesh import Mesh, check, exchanging
 from .parallel import kernels
 from .parallel_trainer import ParallelTrainer
 from .pipeline import schedule_name
+from .speed import memory_mb
 from .trainer import Callback
 
 # %% ../nbs/55f_dry_run.ipynb #017dcb61
@@ -126,7 +128,7 @@ class Ledger(TorchDispatchMode):
         self.phase = phase
         if phase == "forward": self.peaks, self.parts, self.track, self.when = Counter(), {}, array("q"), []
 
-    def now(self) -> str: return "backward" if self.phase == "forward" and torch._C._current_graph_task_id() >= 0 else self.phase
+    def now(self) -> str: return "backward" if self.phase == "forward" and in_backward() else self.phase
 
 # %% ../nbs/55f_dry_run.ipynb #46e7a9af
 def _dispatch(self, func, types, args=(), kwargs=None):
@@ -282,7 +284,7 @@ def _engine(cfg, world, dtype): # on the meta device
     p, micro = cfg.parallel, cfg.train.accumulation(cfg.parallel.data_parallel_size(world))
     s = check(p, world, model=cfg.model, seq_length=cfg.data.seq_length, micro_batches=micro if p.pipeline_model_parallel_size > 1 else None)
     if s.pp > 1: schedule_name(p, s.vpp)
-    mesh = Mesh(s, "cpu", {"ulysses_cp_algo": 0, "megatron_cp_algo": 1, "hybrid_cp_algo": p.ulysses_degree_in_cp}[p.context_parallel_algo])
+    mesh = Mesh(s, "cpu", exchanging(p))
     return Engine(build_stages(cfg.model, None, mesh, p, "meta", dtype), mesh, p, dtype)
 
 # %% ../nbs/55f_dry_run.ipynb #d5143822
@@ -312,4 +314,4 @@ def dry_run(
             t.one_step()
     sends = [dict(axis=a, kind=k, count=n, bytes=ledger.bytes[a, k]) for (a, k), n in sorted(ledger.calls.items())]
     return DryRun(rank, world, str(engine.mesh.sizes), ", ".join(map(str, engine.stages)), weights, rest - weights, watch.gradients - rest, dict(ledger.peaks), ledger.parts, sends,
-        time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10, ledger.track, ledger.when)
+        time.perf_counter() - start, int(memory_mb(torch.device("cpu")) * 2 ** 20), ledger.track, ledger.when)

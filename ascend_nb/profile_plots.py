@@ -102,16 +102,21 @@ def plot_groups(
     return fig
 
 # %% ../nbs/57c_profile_plots.ipynb #e4c00efc
+def _squares(t, text, width, label, least=0., **how): # a table as coloured squares with its numbers
+    fig, ax = _axes(width, 1.4 + .4 * len(t))
+    shown = ax.imshow(t.to_numpy(dtype=float), **how)
+    for i, j in np.ndindex(t.shape):
+        if abs(t.iat[i, j]) >= least and len(t) <= 32: ax.text(j, i, f"{t.iat[i, j]:{text}}", ha="center", va="center", fontsize=8)
+    ax.set(xticks=range(t.shape[1]), yticks=range(len(t)), xticklabels=t.columns, yticklabels=t.index); fig.colorbar(shown, label=label)
+    return fig, ax
+
 def plot_waits(
     p: Profile # of several ranks
 ): # matplotlib Figure
     "A square: row waits for column."
     t = wait_matrix(p)
-    fig, ax = _axes(1.8 + .5 * len(t), 1.5 + .45 * len(t))
-    shown = ax.imshow(t.to_numpy(dtype=float), cmap="Reds", vmin=0)
-    for i, j in np.ndindex(t.shape):
-        if t.iat[i, j] >= .005 and len(t) <= 32: ax.text(j, i, f"{t.iat[i, j]:.0%}", ha="center", va="center", fontsize=8)
-    ax.set(xlabel="for rank", ylabel="rank waits", xticks=range(len(t)), yticks=range(len(t)), xticklabels=t.columns, yticklabels=t.index); fig.colorbar(shown, label="share of the step")
+    fig, ax = _squares(t, ".0%", 1.8 + .5 * len(t), "share of the step", least=.005, cmap="Reds", vmin=0)
+    ax.set(xlabel="for rank", ylabel="rank waits")
     return fig
 
 def plot_slow_ranks(
@@ -120,12 +125,9 @@ def plot_slow_ranks(
     "Which rank is off: each part of a step against the median of all ranks."
     t = step_split(p).groupby("rank")[["computing", "exposed", "free"]].mean()
     rel = (t - t.median()) / step_split(p).stage.mean()
-    fig, ax = _axes(5, 1.2 + .35 * len(t))
     most = max(float(rel.abs().max().max()), 1e-3)
-    shown = ax.imshow(rel.to_numpy(), cmap="coolwarm", vmin=-most, vmax=most, aspect="auto")
-    for i, j in np.ndindex(rel.shape):
-        if len(t) <= 32: ax.text(j, i, f"{rel.iat[i, j]:+.1%}", ha="center", va="center", fontsize=8)
-    ax.set(ylabel="rank", xticks=range(3), xticklabels=rel.columns, yticks=range(len(t)), yticklabels=t.index); fig.colorbar(shown, label="of a step, against the median")
+    fig, ax = _squares(rel, "+.1%", 5, "of a step, against the median", cmap="coolwarm", vmin=-most, vmax=most, aspect="auto")
+    ax.set_ylabel("rank")
     return fig
 
 # %% ../nbs/57c_profile_plots.ipynb #7b721e62
@@ -190,7 +192,7 @@ PLOTS = { # name -> (numbers, figure) of (profile, device)
     "memory": (lambda p, d: pd.concat([x.assign(rank=r) for r in p.ranks if len(x := memory_curve(p, r))] or [pd.DataFrame()]), lambda p, d, t: plot_memory(p)),
     "peak_owners": (lambda p, d: pd.concat([x.assign(rank=r) for r in p.ranks if len(x := peak_owners(p, r))] or [pd.DataFrame()]), None), # drawn with memory
     "groups": (by_group, lambda p, d, t: plot_groups(p, d)),
-    "waits": (lambda p, d: wait_matrix(p).reset_index() if wait_matrix(p).to_numpy().any() else pd.DataFrame(), lambda p, d, t: plot_waits(p)),
+    "waits": (lambda p, d: t.reset_index() if (t := wait_matrix(p)).to_numpy().any() else pd.DataFrame(), lambda p, d, t: plot_waits(p)),
     "slow_ranks": (lambda p, d: step_split(p).groupby("rank")[PARTS].mean().reset_index() if len(p.ranks) > 1 and len(step_split(p)) else pd.DataFrame(), lambda p, d, t: plot_slow_ranks(p)),
     "bubble": (lambda p, d: bubble(p)[lambda t: t.ms > 0], lambda p, d, t: plot_bubble(p)),
     "modules": (lambda p, d: t if (t := _tree(p)) is not None else pd.DataFrame(), lambda p, d, t: plot_modules(t)),

@@ -290,8 +290,6 @@ messages(
     rule_noop=("--noop-layers: {left} layers have weights; give each stage its number with num_layer_list", "--noop-layers：有权重的层数为 {left}；请用 num_layer_list 指定每个流水级的层数"),
     rule_load=("{knob} must be a Hugging Face folder. A Megatron checkpoint is converted first: ascend_nb convert {path} HF_DIR --to hf --hf-config ORIGINAL_HF_DIR",
                "{knob} 应为 Hugging Face 目录。Megatron 权重请先转换：ascend_nb convert {path} HF_DIR --to hf --hf-config 原始HF目录"),
-    rule_adapter=("lora_load must be a folder with adapter_model.safetensors and adapter_config.json, or a run that trained an adapter: {path} is none where Megatron saved it",
-                  "lora_load 应为含 adapter_model.safetensors 与 adapter_config.json 的目录，或训练过适配器的运行目录；Megatron 保存的 {path} 不是"),
     rule_adapter_own=("lora_load and save are one folder: a run goes on in its own folder by itself, so lora_load is left out", "lora_load 与 save 是同一目录：运行会在自己的目录中自动恢复，故去掉 lora_load"),
     rule_resume=("load and save are one folder: a run goes on in its own folder by itself", "load 与 save 是同一目录：运行会在自己的目录中自动恢复"),
     rule_packed=("samples share a sequence here by packing them anew each epoch: give data that were not packed, raw or preprocessed", "此处每个 epoch 重新打包样本：请提供未打包的数据（原始或预处理后的）"),
@@ -330,8 +328,7 @@ def weights_rule(
         d.set("train.load", load, f.any("load pretrained-checkpoint"))
         if "enable-hf2mg-convert" not in f: d.tell("rule_load", knob="load", path=load)
     if ref := f.text("ref-model"): d.tell("rule_load", knob="ref_model", path=ref)
-    if (adapter := f.text("lora-load")) and adapter == save: d.values.pop("tune.lora_load", None); d.tell("rule_adapter_own")
-    elif adapter: d.tell("rule_adapter", path=adapter)
+    if save and f.text("lora-load") == save: d.values.pop("tune.lora_load", None); d.tell("rule_adapter_own")
 
 def tokenizer_rule(
     f: Flags, # of the command line

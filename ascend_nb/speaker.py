@@ -60,8 +60,8 @@ def take(self: Ticket,
     "Make text of a token."
     self.n += 1
     if why != "eos":
-        self.tell(Piece(self.out.stop.add(self.out.detok.add(id)), id, logprob, top))
-        why = "stop" if self.out.stop.found else why
+        self.tell(Piece(self.out.words.add(id), id, logprob, top))
+        why = "stop" if self.out.words.found else why
     if why or (why := self.over()): self.finish(why)
     return bool(why)
 
@@ -70,10 +70,8 @@ def finish(self: Ticket,
     why: str # see `End`
 ) -> None:
     "Tell what was held back, and that it is over."
-    rest = "" if self.out.stop.found else self.out.stop.add(self.out.detok.end(whole=True))
-    if self.out.stop.found: why, tail = "stop", rest
-    else: tail = rest + self.out.stop.end()
-    self.tell(End(why, tail, len(self.ids), self.n))
+    tail = self.out.words.end()
+    self.tell(End("stop" if self.out.words.found else why, tail, len(self.ids), self.n))
 
 # %% ../nbs/54_speaker.ipynb #d3f028c4
 messages(

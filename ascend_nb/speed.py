@@ -13,6 +13,7 @@ from .core import rank_info
 from .flops import flops_per_token
 from .hardware import DEVICES, Device
 from .trainer import Callback
+from .tuning import DATA_OF
 
 # %% ../nbs/42h_speed.ipynb #446d55b1
 NAMED = (("atlas-a3", r"910_93|Ascend910C"), ("atlas-a2", r"Ascend910"), ("h100", r"H100|H200|H800"), ("a100", r"A100|A800")) # row of DEVICES, what its name is like
@@ -50,22 +51,22 @@ class Speed(Callback):
     def __init__(self,
         c: ModelConfig, # the model
         world: int = 1, # devices
-        samples: int = 1 # of a step
-    ): self.c, self.world, self.samples, self.steps, self.known = c, world, max(samples, 1), 0, {}
+        texts: int = 1 # of a sample: 2 answers of a pair
+    ): self.c, self.world, self.texts, self.steps = c, world, texts, 0
 
     def before_fit(self, t): self.peak = peak_tflops(t.device, t.dtype_choice.value)
     def after_update(self, t): self.steps += 1
     def on_log(self, t):
         r, steps, self.steps = t.row, max(self.steps, 1), 0
         each = r["tokens_per_s"] / self.world
-        seq = max(1., r["tokens"] / (steps * self.samples))
+        samples = t.cfg.micro_batch_size * t.accumulation * t.data_parallel_size()
+        seq = max(1., r["tokens"] / (steps * samples * self.texts))
         tflops = each * flops_per_token(self.c, seq) / 1e12
         r |= dict(tokens_per_s_device=round(each, 1), tflops=float(f"{tflops:.4g}"), **({"mfu": round(tflops / self.peak, 4)} if self.peak else {}), memory_mb=round(memory_mb(t.device), 1))
 
 def speeds(
     cfg: RunConfig, # resolved
-    world: int, # processes
-    samples: int # of a step
+    world: int # processes
 ) -> list: # of Callback: one in the first process, which writes the rows
     "What tells the speed of a run."
-    return [Speed(cfg.model, world, samples)] if rank_info().is_main else []
+    return [Speed(cfg.model, world, 1 + (DATA_OF[cfg.train.stage] == "pair"))] if rank_info().is_main else []

@@ -19,7 +19,7 @@ from .endings import first_to_end, is_lost, quit_together, watch
 from .engine import Engine, build_stages, refuse
 from .guarding import GuardConfig
 from .hf_format import load_model
-from .mesh import Mesh, check, join, leave
+from .mesh import Mesh, check, exchanging, join, leave
 from .model import Decoder
 from .neftune import add_noise
 from .nf4 import pack
@@ -72,8 +72,7 @@ def fit_grid(
     micro = t.accumulation(p.data_parallel_size(world))
     s = check(p, world, model=m, seq_length=cfg.data.seq_length, micro_batches=micro if p.pipeline_model_parallel_size > 1 else None)
     if s.pp > 1: schedule_name(p, s.vpp) # one that cannot run is told before data are read
-    degree = {"ulysses_cp_algo": 0, "megatron_cp_algo": 1, "hybrid_cp_algo": p.ulysses_degree_in_cp}[p.context_parallel_algo]
-    return Mesh(s, device, degree)
+    return Mesh(s, device, exchanging(p))
 
 def pad_unit(
     cfg: RunConfig # its grid

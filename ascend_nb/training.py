@@ -195,8 +195,8 @@ def build(
     stage = STAGES[t.stage]
     loss, engine = stage.loss(cfg.tune), build_engine(cfg, mesh, stage.load(weights, t.seed), stage.make, plan)
     flight = [Flight(mesh, run)] if cfg.guard.preflight else []
-    guards += flight + ([loss] if hasattr(loss, "after_update") else [])
-    trainer = ParallelTrainer(engine, t, data["train"], loss, [*crew(run, tokenizer, mesh, cfg.guard.keep_every), *lifelines(cfg.guard, run, mesh.main), *guards, *speeds(cfg, mesh.sizes.world, t.micro_batch_size * t.accumulation(mesh.sizes.data) * mesh.sizes.data * (1 + (DATA_OF[t.stage] == "pair"))), *callbacks], data.get("valid"), rates(cfg.tune))
+    guards += [*flight, *([loss] if hasattr(loss, "after_update") else []), *speeds(cfg, mesh.sizes.world)]
+    trainer = ParallelTrainer(engine, t, data["train"], loss, [*crew(run, tokenizer, mesh, cfg.guard.keep_every), *lifelines(cfg.guard, run, mesh.main), *guards, *callbacks], data.get("valid"), rates(cfg.tune))
     reference = reference_of(cfg, data, mesh, run, trainer.dtype_choice.value)
     if reference and not reference.find(fresh=begin is None) and begin is not None: ask_reference(reference, cfg, trainer, weights) # while the model is what it was
     if begin is not None: trainer.restore(run, begin, checked=True)

@@ -25,6 +25,20 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(scope="session")
+def profiles(shared_data) -> Path:
+    "Real recordings of torch_npu's profiler."
+    if not (shared_data / "ascend_profiler").is_dir(): pytest.skip(f"no profiles at {shared_data}/ascend_profiler")
+    return shared_data / "ascend_profiler"
+
+
+@pytest.fixture(scope="session")
+def llm(profiles):
+    "One of a language model, four ranks, as text and as database."
+    from ascend_nb.profile_files import open_profile
+    return open_profile(profiles / "qwen3_0.6b_tp1pp2dp2")
+
+
+@pytest.fixture(scope="session")
 def samples(root) -> Path:
     "The small samples that ship with the project."
     return root / "data_samples"

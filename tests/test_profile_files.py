@@ -13,19 +13,9 @@ from ascend_nb.trace_files import covered, trace_tables
 OUT = "ASCEND_PROFILER_OUTPUT"
 
 
-@pytest.fixture(scope="module")
-def real(shared_data):
-    if not (shared_data / "ascend_profiler").is_dir(): pytest.skip(f"no profiles at {shared_data}/ascend_profiler")
-    return shared_data / "ascend_profiler"
-
-
-@pytest.fixture(scope="module")
-def llm(real): return open_profile(real / "qwen3_0.6b_tp1pp2dp2")
-
-
-def test_text_and_database_tell_the_same(llm, real):
+def test_text_and_database_tell_the_same(llm, profiles):
     "torch_npu wrote both: the sums and collectives of all four ranks are equal; ends of a step may be rounded."
-    other = open_profile(real / "qwen3_0.6b_tp1pp2dp2", form="db")
+    other = open_profile(profiles / "qwen3_0.6b_tp1pp2dp2", form="db")
     assert sorted(llm.ranks) == sorted(other.ranks) == [0, 1, 2, 3]
     for name, rows in (("steps", 4), ("talks", 76), ("bandwidth", 98), ("links", 325)):
         a, b = llm.table(name), other.table(name)
@@ -36,9 +26,9 @@ def test_text_and_database_tell_the_same(llm, real):
         for c in set(a) - set(key): assert np.allclose(both[c].astype(float), both[c + "_db"].astype(float), rtol=0, atol=.2 if c in ("stage", "preparing") else 1e-6), (name, c)
 
 
-def test_kernels_add_up_to_the_official_sums(llm, real):
+def test_kernels_add_up_to_the_official_sums(llm, profiles):
     "kernel_details.csv and step_trace_time.csv are written apart from each other."
-    for p in (llm, open_profile(real / "vision_level1")):
+    for p in (llm, open_profile(profiles / "vision_level1")):
         k, steps = p.table("kernels"), p.table("steps").set_index("rank")
         talk = k.core.isin(["COMMUNICATION", "HCCL"])
         for rank in k["rank"].unique():
@@ -55,16 +45,16 @@ def test_operators_are_the_sums_of_kernels(llm):
     for key, r in ops.iterrows(): assert abs(k["sum"][key] - r.total) < .1 and k["size"][key] == r["count"], key
 
 
-def test_a_trace_alone_tells_the_official_split(real):
+def test_a_trace_alone_tells_the_official_split(profiles):
     for rank in (0, 1):
-        out = real / f"vision_level1/rank{rank}_ascend_pt" / OUT
+        out = profiles / f"vision_level1/rank{rank}_ascend_pt" / OUT
         ours, theirs = trace_tables(out / "trace_view.json")["steps"].iloc[0], pd.read_csv(out / "step_trace_time.csv").iloc[0]
         for a, b in (("computing", "Computing"), ("exposed", "Communication(Not Overlapped)"), ("overlapped", "Overlapped"), ("free", "Free"), ("stage", "Stage")):
             assert abs(ours[a] - theirs[b]) < .2, a
 
 
-def test_levels_ranks_and_missing_files_are_named(llm, real):
-    vision = open_profile(real / "vision_level1")
+def test_levels_ranks_and_missing_files_are_named(llm, profiles):
+    vision = open_profile(profiles / "vision_level1")
     assert [llm.ranks[0].level, vision.ranks[1].level] == ["Level2", "Level1"]
     assert vision.missing == [] and all(len(vision.table(n)) for n in TABLES)
     assert "rank 3: no kernel_details.csv" in "\n".join(llm.missing) and not any("communication.json" in m for m in llm.missing)

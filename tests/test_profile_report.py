@@ -16,17 +16,11 @@ from ascend_nb.profile_report import ask_msprof, run
 OUT = "ASCEND_PROFILER_OUTPUT"
 
 
-@pytest.fixture(scope="module")
-def folder(shared_data):
-    if not (shared_data / "ascend_profiler").is_dir(): pytest.skip(f"no profiles at {shared_data}/ascend_profiler")
-    return shared_data / "ascend_profiler"
-
-
-def test_findings_of_the_llm(folder):
-    p = open_profile(folder / "qwen3_0.6b_tp1pp2dp2")
+def test_findings_of_the_llm(profiles):
+    p = open_profile(profiles / "qwen3_0.6b_tp1pp2dp2")
     found = {}
     for f in find_all(p, find_device("atlas-a2")): found.setdefault(f.rule, []).append(f)
-    csvs = [pd.read_csv(x) for x in sorted(folder.glob("qwen3*/level2/*/" + OUT + "/step_trace_time.csv"))]
+    csvs = [pd.read_csv(x) for x in sorted(profiles.glob("qwen3*/level2/*/" + OUT + "/step_trace_time.csv"))]
     shares = [float((c["Communication(Not Overlapped)"] / c["Stage"]).iloc[0]) for c in csvs]
     assert found["exposed"][0].facts["share"] == pytest.approx(sum(shares) / 4)
     assert {(f.facts["rank"], f.facts["other"]) for f in found["waits"]} == {(0, 2), (1, 3), (2, 0), (3, 1)}
@@ -67,17 +61,17 @@ def test_the_command_writes_what_it_says(samples, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_msprof_analyze_where_it_is_installed(folder, tmp_path):
+def test_msprof_analyze_where_it_is_installed(profiles, tmp_path):
     if not shutil.which("msprof-analyze"): pytest.skip("msprof-analyze is not installed (extra `profile`)")
-    files = ask_msprof(folder / "vision_level1/rank0_ascend_pt", tmp_path / "advice")
+    files = ask_msprof(profiles / "vision_level1/rank0_ascend_pt", tmp_path / "advice")
     assert any(f.endswith(".html") for f in files)
-    subprocess.run(["msprof-analyze", "cluster", "-m", "all", "-d", str(folder / "vision_level1"), "-o", str(tmp_path / "cluster")], check=True, capture_output=True)
+    subprocess.run(["msprof-analyze", "cluster", "-m", "all", "-d", str(profiles / "vision_level1"), "-o", str(tmp_path / "cluster")], check=True, capture_output=True)
     theirs = pd.read_csv(next((tmp_path / "cluster").rglob("cluster_step_trace_time.csv")))
-    ours = open_profile(folder / "vision_level1").table("steps").set_index("rank")
+    ours = open_profile(profiles / "vision_level1").table("steps").set_index("rank")
     for _, r in theirs[theirs.Type == "rank"].iterrows():
         for a, b in (("computing", "Computing"), ("exposed", "Communication(Not Overlapped)"), ("free", "Free")): assert ours[a][int(r["Index"])] == pytest.approx(r[b], abs=.01)
 
 
-def test_the_real_ones_in_a_run(folder, tmp_path):
-    out = run(ProfileConfig(path=str(folder / "vision_level1")), json=True)
+def test_the_real_ones_in_a_run(profiles, tmp_path):
+    out = run(ProfileConfig(path=str(profiles / "vision_level1")), json=True)
     assert out["ranks"] == [0, 1] and out["missing"] == [] and [f["rule"] for f in out["findings"]][:2] == ["exposed", "vector"]

@@ -12,54 +12,44 @@ from ascend_nb.profile_views import bubble, by_group, memory_curve, module_tree,
 OUT = "ASCEND_PROFILER_OUTPUT"
 
 
-@pytest.fixture(scope="module")
-def folder(shared_data):
-    if not (shared_data / "ascend_profiler").is_dir(): pytest.skip(f"no profiles at {shared_data}/ascend_profiler")
-    return shared_data / "ascend_profiler"
-
-
-@pytest.fixture(scope="module")
-def llm(folder): return open_profile(folder / "qwen3_0.6b_tp1pp2dp2")
-
-
 def rows(folder, rank, name):
     with open(next(folder.glob(f"level2/rank_{rank}_ascend_pt")) / OUT / name, encoding="utf-8") as f: return list(csv.DictReader(f))
 
 
-def test_the_split_is_the_official_one(llm, folder):
+def test_the_split_is_the_official_one(llm, profiles):
     t = step_split(llm).set_index("rank")
     for rank in range(4):
-        official = rows(folder / "qwen3_0.6b_tp1pp2dp2", rank, "step_trace_time.csv")[0]
+        official = rows(profiles / "qwen3_0.6b_tp1pp2dp2", rank, "step_trace_time.csv")[0]
         for ours, theirs in (("computing", "Computing"), ("exposed", "Communication(Not Overlapped)"), ("free", "Free"), ("stage", "Stage")):
             assert abs(t[ours][rank] - float(official[theirs]) / 1000) < 1e-6
         assert abs(t.loc[rank, ["computing_share", "exposed_share", "free_share"]].sum() - 1) < 1e-3
 
 
-def test_operators_have_the_official_ratios(llm, folder):
+def test_operators_have_the_official_ratios(llm, profiles):
     "op_statistic.csv gives each operator's share in percent; ours come from the kernels."
     mine = operators(llm).set_index(["rank", "type", "unit"])
     for rank in (0, 2):
-        for r in rows(folder / "qwen3_0.6b_tp1pp2dp2", rank, "op_statistic.csv"):
+        for r in rows(profiles / "qwen3_0.6b_tp1pp2dp2", rank, "op_statistic.csv"):
             unit = {"AI_CORE": "cube", "MIX_AIC": "cube"}.get(r["Core Type"], "vector")
-            same = [x for x in rows(folder / "qwen3_0.6b_tp1pp2dp2", rank, "op_statistic.csv") if x["OP Type"] == r["OP Type"] and ({"AI_CORE": "cube", "MIX_AIC": "cube"}.get(x["Core Type"], "vector") == unit)]
+            same = [x for x in rows(profiles / "qwen3_0.6b_tp1pp2dp2", rank, "op_statistic.csv") if x["OP Type"] == r["OP Type"] and ({"AI_CORE": "cube", "MIX_AIC": "cube"}.get(x["Core Type"], "vector") == unit)]
             assert abs(100 * mine.share[rank, r["OP Type"], unit] - sum(float(x["Ratio(%)"]) for x in same)) < .01
     assert abs(unit_share(llm).sum(axis=1) - 1).max() < 1e-9
 
 
-def test_the_owners_of_the_peak_fill_it(llm, folder):
+def test_the_owners_of_the_peak_fill_it(llm, profiles):
     "What is alive at the peak, and what was there before, is what the allocator says; that remainder is the curve's first value."
     for rank in (0, 2):
         curve, owners = memory_curve(llm, rank), peak_owners(llm, rank, 100)
-        official = max(float(r["Total Allocated(MB)"]) for r in rows(folder / "qwen3_0.6b_tp1pp2dp2", rank, "memory_record.csv") if r["Component"] == "PTA")
+        official = max(float(r["Total Allocated(MB)"]) for r in rows(profiles / "qwen3_0.6b_tp1pp2dp2", rank, "memory_record.csv") if r["Component"] == "PTA")
         assert abs(owners.mb.sum() - official) < .01 and abs(curve.allocated.max() - official) < 1e-6
         before = owners.set_index("name").mb["(held before the recording)"]
         assert abs(before - curve.allocated.iloc[0]) < .05 * official and before > 0
 
 
-def test_bandwidth_is_bytes_over_time(llm, folder):
+def test_bandwidth_is_bytes_over_time(llm, profiles):
     "Against a sum over communication.json made here."
     t = by_group(llm, find_device("atlas-a2"))
-    path = folder / "qwen3_0.6b_tp1pp2dp2/level2/rank_1_ascend_pt" / OUT / "communication.json"
+    path = profiles / "qwen3_0.6b_tp1pp2dp2/level2/rank_1_ascend_pt" / OUT / "communication.json"
     mb = ms = 0.
     for name, known in json.loads(path.read_text())["step13"]["collective"].items():
         if name.endswith("@5862276114690318097"): h = known["Communication Bandwidth Info"]["HCCS"]; mb += h["Transit Size(MB)"]; ms += h["Transit Time(ms)"]
@@ -82,9 +72,9 @@ def test_waiting_is_what_the_last_one_did_not(llm):
     assert bubble(llm).set_index("rank").share[1] > .35
 
 
-def test_modules_add_up_to_the_device(folder):
+def test_modules_add_up_to_the_device(profiles):
     "Each kernel belongs to one module: the tree's roots are the official computing time."
-    p = open_profile(folder / "vision_level1")
+    p = open_profile(profiles / "vision_level1")
     for r in (0, 1):
         t = module_tree(p.ranks[r])
         official = p.table("steps").set_index("rank").computing[r] / 1000
@@ -94,8 +84,8 @@ def test_modules_add_up_to_the_device(folder):
 
 
 @pytest.mark.slow
-def test_every_picture_of_the_real_ones(llm, folder, tmp_path):
-    for name, p in (("llm", llm), ("vision", open_profile(folder / "vision_level1"))):
+def test_every_picture_of_the_real_ones(llm, profiles, tmp_path):
+    for name, p in (("llm", llm), ("vision", open_profile(profiles / "vision_level1"))):
         done = draw_all(p, tmp_path / name, find_device("atlas-a2"))
         assert {"steps", "operators_by_time", "memory", "groups", "waits", "slow_ranks"} <= set(done)
         assert ("bubble" in done) == (name == "llm") and ("modules" in done) == (name == "vision")

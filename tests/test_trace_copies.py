@@ -11,10 +11,8 @@ OUT = "ASCEND_PROFILER_OUTPUT"
 
 
 @pytest.fixture(scope="module")
-def traces(shared_data):
-    folder = shared_data / "ascend_profiler/vision_level1"
-    if not folder.is_dir(): pytest.skip(f"no profiles at {folder}")
-    return [folder / f"rank{r}_ascend_pt" / OUT / "trace_view.json" for r in (0, 1)]
+def traces(profiles):
+    return [profiles / f"vision_level1/rank{r}_ascend_pt" / OUT / "trace_view.json" for r in (0, 1)]
 
 
 def nested(events):
