@@ -258,14 +258,14 @@ class Progress:
     def __init__(self,
         total, # a number of steps, or a sized iterable to walk over
         label: str = "", # what is going on
-        every_s: float = .5, # seconds between redraws; a log file gets a line each 10 s
+        every_s: float = .5, # seconds between redraws; a log file gets a line each 10 s, or each ASCEND_NB_PROGRESS_S
         quiet: bool = False # draw nothing
     ):
         self.items = None if isinstance(total, int) else total
         self.total = total if self.items is None else len(total)
         self.label, self.quiet, self.n, self.note, self.t0, self.drawn = label, quiet, 0, "", time.time(), 0.
         self.mode = "html" if in_notebook() else "tty" if sys.stderr.isatty() else "log"
-        self.every_s, self.handle = every_s if self.mode != "log" else max(every_s, 10.), None
+        self.every_s, self.handle = every_s if self.mode != "log" else max(every_s, float(os.environ.get("ASCEND_NB_PROGRESS_S", 10))), None
 
     def __enter__(self): self.draw(); return self
     def __exit__(self, *exc): self.draw(end=True)
