@@ -65,7 +65,7 @@ class Kept:
     def state(self) -> str: # see the table
         began, end = self.started, self.ended
         if end: return "failed" if end["code"] and not self.asked else "finished" if end["code"] == 0 and self.done() else "stopped"
-        if began is None: return "starting" if time.time() - (self.folder / JOB).stat().st_mtime < 60 else "died"
+        if began is None: return "starting" if self.spec and time.time() - (self.folder / JOB).stat().st_mtime < 60 else "died"
         if living(began["keeper"]) or living(began["command"]): return "stopping" if self.asked else "running" if self.going() else "starting"
         return "died" if began["keeper"]["host"] == socket.gethostname() else "elsewhere"
 
@@ -87,7 +87,7 @@ class Kept:
 class Errand(Kept):
     "One command of `ascend_nb` that outlives whoever asked for it."
     @property
-    def command(self) -> str: return self.spec["errand"] # e.g. "preprocess"
+    def command(self) -> str: return (self.spec or {}).get("errand", "") # e.g. "preprocess"; a folder that was removed has none
 
     def progress(self) -> tuple | None: # (done, total, the line); None: no bar was drawn yet
         "The newest line of a progress bar."
@@ -125,10 +125,10 @@ ERRANDS = Path(".ascend_nb/errands") # below the current folder; a folder for ea
 def errand(
     command: str, # e.g. "preprocess" or "data report"
     cfg, # its config
-    folder=None # where its files lie; none: a new folder below ERRANDS
+    under=ERRANDS # a folder for its files is made here
 ) -> Errand: # started
     "Start a command that outlives this process. Raises UserError where it does not start."
-    folder = Path(folder or ERRANDS / f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**6:06d}-{command.replace(' ', '-')}").resolve()
+    folder = Path(under, f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**6:06d}-{command.replace(' ', '-')}").resolve()
     folder.mkdir(parents=True)
     save_yaml(cfg, folder / "config.yaml")
     words = [sys.executable, "-m", "ascend_nb.cli", *command.split(), "--config", str(folder / "config.yaml"), "--json"]
@@ -139,10 +139,10 @@ def errand(
 
 def errands(
     command: str = "", # this one alone; empty: all
-    folder=ERRANDS # where they lie
+    under=ERRANDS # where they lie
 ) -> list: # of Errand, the newest first
     "What was asked for here before, by this kernel or another."
-    found = [Errand(p.parent) for p in sorted(Path(folder).glob(f"*/{JOB}"), reverse=True)]
+    found = [Errand(p.parent) for p in sorted(Path(under).glob(f"*/{JOB}"), reverse=True)]
     return [e for e in found if command in ("", e.command)]
 
 messages(errand_not_started=("The command did not start within a minute; {path} may tell why.", "命令在一分钟内没有启动；原因可能在 {path} 中。"))

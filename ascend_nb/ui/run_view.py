@@ -110,12 +110,18 @@ class Watcher(W.VBox):
         children, # widgets
         every_s: float = .5 # seconds between looks
     ):
-        self.every_s, self.over = every_s, False
+        self.every_s, self.over, self.thread = every_s, False, None
         self._end, self._lock = threading.Event(), threading.Lock()
         super().__init__(children)
         tell(self, lambda w: w.refresh())
+        self.restart()
+
+    def restart(self) -> None:
+        "Watch on, if there is anything to see and nobody watches."
+        if self.over or (self.thread and self.thread.is_alive()): return
+        self._end.clear()
         self.thread = threading.Thread(target=self._watch, daemon=True)
-        if not self.over: self.thread.start()
+        self.thread.start()
 
     def refresh(self) -> None:
         "Look now; one at a time."
