@@ -69,19 +69,22 @@ class Kept:
         if living(began["keeper"]) or living(began["command"]): return "stopping" if self.asked else "running" if self.going() else "starting"
         return "died" if began["keeper"]["host"] == socket.gethostname() else "elsewhere"
 
-    def tail(self,
-        lines: int = 20 # at most
-    ) -> str:
-        "The last lines that it printed."
-        return "\n".join(last_lines(self.folder / LOG, lines))
+# %% ../nbs/45_kept.ipynb #46c4c60a
+def _tail(self: Kept,
+    lines: int = 20 # at most
+) -> str:
+    "The last lines that it printed."
+    return "\n".join(last_lines(self.folder / LOG, lines))
 
-    def wait(self,
-        timeout: float | None = None # seconds; none: as long as it takes
-    ) -> str: # the state then
-        "Wait until no process of it lives."
-        end = time.monotonic() + (float("inf") if timeout is None else timeout)
-        while self.state in LIVE and time.monotonic() < end: time.sleep(.1)
-        return self.state
+def _wait(self: Kept,
+    timeout: float | None = None # seconds; none: as long as it takes
+) -> str: # the state then
+    "Wait until no process of it lives."
+    end = time.monotonic() + (float("inf") if timeout is None else timeout)
+    while self.state in LIVE and time.monotonic() < end: time.sleep(.1)
+    return self.state
+
+Kept.tail, Kept.wait = _tail, _wait
 
 # %% ../nbs/45_kept.ipynb #ff63e374
 class Errand(Kept):

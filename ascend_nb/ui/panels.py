@@ -22,8 +22,8 @@ from .static import as_html, as_text
 RED = "var(--jp-error-color1,#c62828)"
 messages(
     ui_ours=("This is a mistake of ours, not of yours: {why}. A report needs the lines below.", "这是本工具的错误，不是您的操作问题：{why}。报告时请附上以下内容。"),
-    ui_working=("{what} … {took}", "{what}……{took}"), ui_work=("working", "进行中"), ui_stop=("Stop", "停止"), ui_again=("Look again", "刷新"),
-    ui_state=("{command}: {state}", "{command}：{state}"), ui_lines=("Last lines", "最后的输出"),
+    ui_working=("{what} … {took}", "{what}……已用 {took}"), ui_work=("working", "进行中"), ui_stop=("Stop", "停止"), ui_again=("Look again", "刷新"),
+    ui_state=("{command}: {state}", "命令 {command}：{state}"), ui_lines=("Last lines", "最后的输出"),
 )
 
 class Trouble(W.HTML):
@@ -101,34 +101,37 @@ class Panel(W.VBox):
         try: yield
         except Exception as e: self.trouble.say(e)
 
-    def later(self,
-        fn, # called without arguments, in a thread
-        then=None, # called with its result, in the same thread
-        button: W.Button | None = None, # closed meanwhile
-        what: str = "ui_work" # a row of messages: what is going on
-    ) -> threading.Thread:
-        "Do something that takes longer than a blink."
-        start, over = time.time(), threading.Event()
-        def clock():
-            while not over.wait(.5):
-                if not self.bar.value or "<progress >" in self.bar.value: self.bar.show(0, 0, phrase("ui_working", what=phrase(what), took=human_time(time.time() - start)))
-        def work():
-            WATCH.set(self.bar.watch)
-            try:
-                with self.guard():
-                    out = fn()
-                    if then: then(out)
-            finally:
-                over.set(); ticking.join(); self.bar.hide()
-                if button: button.disabled = False
-        if button: button.disabled = True
-        ticking, thread = threading.Thread(target=clock, daemon=True), threading.Thread(target=work, daemon=True)
-        ticking.start(); thread.start()
-        return thread
-
     def __repr__(self): return as_text(self)
 
     def _repr_mimebundle_(self, **kw): return {**(super()._repr_mimebundle_(**kw) or {}), "text/html": as_html(self), "text/plain": as_text(self)}
+
+# %% ../../nbs/62_panels.ipynb #528b58ad
+def _later(self: Panel,
+    fn, # called without arguments, in a thread
+    then=None, # called with its result, in the same thread
+    button: W.Button | None = None, # closed meanwhile
+    what: str = "ui_work" # a row of messages: what is going on
+) -> threading.Thread:
+    "Do something that takes longer than a blink."
+    start, over = time.time(), threading.Event()
+    def clock():
+        while not over.wait(.5):
+            if not self.bar.value or "<progress >" in self.bar.value: self.bar.show(0, 0, phrase("ui_working", what=phrase(what), took=human_time(time.time() - start)))
+    def work():
+        WATCH.set(self.bar.watch)
+        try:
+            with self.guard():
+                out = fn()
+                if then: then(out)
+        finally:
+            over.set(); ticking.join(); self.bar.hide()
+            if button: button.disabled = False
+    if button: button.disabled = True
+    ticking, thread = threading.Thread(target=clock, daemon=True), threading.Thread(target=work, daemon=True)
+    ticking.start(); thread.start()
+    return thread
+
+Panel.later = _later
 
 # %% ../../nbs/62_panels.ipynb #676fb52d
 def log_html(

@@ -151,10 +151,11 @@ class RunView(Watcher):
     def look(self) -> bool: # is the run done?
         "Read what is new and redraw if there is any, or if the language is another."
         new = self.tail.read()
-        self.state, text = summary(self.tail.rows, self.run.name)
+        state, text = summary(self.tail.rows, self.run.name)
         if new or (self.tail.rows and self.told != lang()): self.image.value, self.told = draw(self.tail.rows), lang()
         self.line.value = f"<span style='font-family:monospace'>{escape(text)}</span>"
-        return self.state == "run_done"
+        self.state = state
+        return state == "run_done"
 
     @property
     def figure(self): # an IPython Image
