@@ -91,11 +91,13 @@ class Field:
 class Form(W.VBox):
     "The form of a config; `.value` is the config, `.errors` the reasons against it."
     def __init__(self,
-        cfg # a dataclass instance, or a class whose required knobs are still empty
+        cfg, # a dataclass instance, or a class whose required knobs are still empty
+        only=None # paths of the knobs that are shown, e.g. ("train.lr", "data.seq_length"); the others stay as they are. None: all
     ):
-        self.cls = cfg if isinstance(cfg, type) else type(cfg)
+        self.cls, self.start = cfg if isinstance(cfg, type) else type(cfg), cfg
         self._watchers, self.errors, self.fields = [], {}, {}
-        for k in knobs(self.cls): self.fields[(*k.path, k.name)] = Field(k, _start(cfg, k), self._changed)
+        for k in knobs(self.cls):
+            if only is None or ".".join((*k.path, k.name)) in only: self.fields[(*k.path, k.name)] = Field(k, _start(cfg, k), self._changed)
         self.status, self.code = W.HTML(), CodeView()
         super().__init__([W.HTML(f"<b>{escape(self.cls.__name__)}</b>"), *self._sections(), self.status, self.code])
         self._changed()
@@ -128,7 +130,7 @@ def _start(cfg, k: Knob):
 
 def _read(form: Form):
     "(config or None, {path: reason}); the empty path holds what is wrong with the whole."
-    tree, errors = {}, {}
+    tree, errors = {} if isinstance(form.start, type) else to_dict(form.start), {}
     for path, f in form.fields.items():
         try: value = f.read()
         except UserError as e: errors[path] = str(e); continue
@@ -201,10 +203,11 @@ class CodeView(W.VBox):
 
 # %% ../../nbs/60a_forms.ipynb #c0d0ca95
 def form(
-    cfg # a dataclass instance, or a class
+    cfg, # a dataclass instance, or a class
+    only=None # see `Form`
 ) -> Form: # a widget; `.value` is the config
     "Show any config as a form."
-    return Form(cfg)
+    return Form(cfg, only)
 
 def _as_text(form: Form) -> str:
     "The form as plain text."
