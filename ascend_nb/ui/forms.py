@@ -20,7 +20,8 @@ messages(
     ui_form=("form of {name}", "{name} 表单"),
 )
 COMMAND_OF = {"RunConfig": "train", "PreprocessConfig": "preprocess", "GenerateConfig": "generate", "ChatConfig": "chat", "EvalConfig": "evaluate",
-              "FetchConfig": "fetch", "QuickstartConfig": "quickstart", "DoctorConfig": "doctor"} # dataclass -> command
+              "FetchConfig": "fetch", "QuickstartConfig": "quickstart", "DoctorConfig": "doctor", "SniffConfig": "data sniff", "ShowConfig": "data show", "ReportConfig": "data report",
+              "ConvertConfig": "convert", "ModelLinkConvertConfig": "convert", "CompareConfig": "compare", "ProfileConfig": "profile", "PlotLogConfig": "plot-log"} # dataclass -> command
 
 # %% ../../nbs/60a_forms.ipynb #4ed955fb
 def to_text(
@@ -177,7 +178,7 @@ def command_line(
 ) -> str: # e.g. ascend_nb train --lr 0.001
     "The shell command; a section alone (TrainConfig) is a part of `train`."
     import shlex
-    return shlex.join(["ascend_nb", COMMAND_OF.get(type(cfg).__name__, "train"), *to_args(cfg)])
+    return shlex.join(["ascend_nb", *COMMAND_OF.get(type(cfg).__name__, "train").split(), *to_args(cfg)])
 
 # %% ../../nbs/60a_forms.ipynb #20b5ca95
 class CodeView(W.VBox):

@@ -1,0 +1,157 @@
+"""The pages for data and for conversion, driven as a person would: paths typed, buttons clicked, and what the page then says."""
+import json
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from ascend_nb.indexed import IndexedReader
+from ascend_nb.tokenizers import load_tokenizer
+from ascend_nb.ui.bilingual import switch
+from ascend_nb.ui.data_panel import DataPanel
+from ascend_nb.ui.paths import PathBox
+from ascend_nb.ui.static import as_text
+from conftest import ROOT
+
+CHATS, TALES = ROOT / "data_samples/instruct.json", ROOT / "data_samples/tales.jsonl"
+
+
+def settle(page, seconds=60):
+    "Wait until the page does nothing any more."
+    def busy(): return page.bar.layout.display != "none" or any("(work)" in t.name for t in threading.enumerate())
+    end, quiet = time.monotonic() + seconds, 0
+    while quiet < 2:
+        assert time.monotonic() < end, "the page is still at work"
+        quiet = 0 if busy() else quiet + 1
+        time.sleep(.03)
+
+
+def widgets(w):
+    "How many widgets a page is made of."
+    return 1 + sum(map(widgets, getattr(w, "children", ())))
+
+
+def shut(w):
+    "A page that nobody looks at any more: it does not listen to the language."
+    for child in getattr(w, "children", ()): shut(child)
+    w.close()
+
+
+@pytest.fixture
+def chinese():
+    switch("zh"); yield; switch("en")
+
+
+@pytest.fixture
+def page(tmp_path):
+    p = DataPanel(under=tmp_path / "errands")
+    yield p
+    shut(p)
+
+
+def look(page, path):
+    page.path.value = str(path)
+    page.look.click()
+    settle(page)
+    assert page.trouble.error is None, as_text(page.trouble)
+    return as_text(page)
+
+
+def test_the_data_page_is_light_and_says_nothing_before_it_is_asked(page):
+    assert widgets(page) < 60 and "Look at it" in as_text(page) and page.more.layout.display == "none"
+
+
+def test_a_row_is_shown_as_the_tokens_that_it_is(page):
+    text = look(page, CHATS)
+    assert "137 read: 137 usable" in text and "AlpacaStyleInstructionHandler (chat)" in text
+    page.pager.on.click(); page.pager.on.click(); settle(page)
+    want = json.loads(CHATS.read_text())[2]
+    text = as_text(page.sample)
+    assert want["instruction"] in text and want["output"] in text and "row 3 of instruct.json" in text
+    view = page.row[1].views[0]
+    assert view.learned == [want["output"] + "<|im_end|>"] # by eye: only the answer and its end are learned
+    assert sum(view.sizes) == len(load_tokenizer(page.tokenizer.value).encode(view.text))
+    page.cut.value = 10; settle(page)
+    assert "behind the cut" in page.row[1].views[0].line and "line-through" in page.sample.value
+
+
+def test_quick_clicks_end_at_the_last_row(page):
+    look(page, TALES)
+    for _ in range(5): page.pager.on.click()
+    settle(page)
+    assert page.pager.index == 5 and "row 6 of tales.jsonl" in as_text(page.sample)
+
+
+def test_lengths_are_a_picture_and_its_numbers(page):
+    look(page, TALES)
+    page.more.selected_index = 1
+    html = page.more.children[1].children[0].value
+    chars = sorted(len(json.loads(x)["text"]) for x in TALES.read_text().splitlines())
+    assert "data:image/png" in html and f"shortest {chars[0]:,}" in html and f"longest {chars[-1]:,}" in html
+
+
+def test_preprocessing_goes_on_without_the_page_and_is_found_again(page, tmp_path):
+    look(page, CHATS)
+    page.more.selected_index = 2
+    field = page.form.fields["seq_length",].control
+    field.value = "many"
+    assert page.start.disabled and "expected a int" in as_text(page.form)
+    field.value = "64"
+    assert not page.start.disabled
+    page.form.fields["output_prefix",].control.value = str(tmp_path / "chats")
+    page.start.click(); settle(page)
+    assert page.job.errand.wait(60) == "finished"
+    other = DataPanel(under=tmp_path / "errands") # a browser that was closed
+    assert "103 chats" in as_text(other.made) and other.give.layout.display != "none"
+    given = []
+    other.give.click()
+    assert f"--data-path {tmp_path / 'chats'}" in as_text(other.trouble)
+    other.on_data = lambda *what: given.append(what)
+    other.give.click()
+    assert given == [(str(tmp_path / "chats"), page.tokenizer.value)] and other.trouble.error is None
+    other.see.click(); settle(other)
+    reader = IndexedReader(tmp_path / "chats_packed_input_ids_document")
+    assert len(reader) == other.pager.n == 103 and f"103 sequences, {len(reader.tokens):,} tokens" in as_text(other.told)
+    assert other.row[0] is None and "sample 0 of 103" in as_text(other.sample)
+
+
+def test_bad_rows_have_their_reason(page, tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"instruction": "a", "output": "b"}\n{"instruction": "a"}\nnothing\n')
+    text = look(page, bad)
+    assert "1 usable" in text and "2 bad" in text and "Found no column 'output' in row 2" in text and "Line 3" in text
+    assert page.pager.n == 1 and "--on-bad-row skip" in text
+
+
+@pytest.mark.parametrize("path,words", [("", "没有给出数据路径"), ("nowhere.json", "nowhere.json 处既没有数据文件")])
+def test_a_wrong_path_is_told_in_the_readers_language(page, chinese, path, words):
+    page.path.value = path
+    page.look.click(); settle(page)
+    assert words in as_text(page.trouble)
+    switch("en")
+    assert words not in as_text(page.trouble) and "Found" in as_text(page.trouble)
+
+
+def test_what_was_found_is_told_again_in_chinese(page):
+    look(page, CHATS)
+    switch("zh")
+    try:
+        settle(page)
+        text = as_text(page)
+        assert "共读取 137 行" in text and "查看数据" in text and "参与学习的词元" in text and "usable" not in as_text(page.told)
+    finally: switch("en")
+
+
+def test_a_path_is_found_by_walking(tmp_path):
+    for n in ("a/deep/x.jsonl", "a/y.jsonl"): (tmp_path / n).parent.mkdir(parents=True, exist_ok=True); (tmp_path / n).write_text("{}")
+    box, seen = PathBox(str(tmp_path)), []
+    box.on_change(lambda b: seen.append(b.value))
+    box.find.value = True
+    assert box.list.options == ("..", "a/")
+    for name in ("a/", "deep/"): box.list.value = name; box.enter.click()
+    assert box.list.options == ("..", "x.jsonl")
+    box.list.value = "x.jsonl"
+    assert Path(box.value).samefile(tmp_path / "a/deep/x.jsonl") and "a file of 2 B" in as_text(box) and seen[-1] == box.value
+    box.list.value = ".."; box.enter.click()
+    assert Path(box.value).samefile(tmp_path / "a") and box.list.options == ("..", "deep/", "y.jsonl")
+    assert as_text(PathBox(str(tmp_path), kind="folder")).count("entries") == 1
