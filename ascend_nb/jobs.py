@@ -104,6 +104,7 @@ class Job(Kept):
         "How far it is."
         return self.row().get("step", 0), self.spec["steps"]
 
+    def progress(self) -> tuple: return (*self.steps(), "") # as an errand tells it
     def done(self) -> bool: return self.row().get("step", 0) >= self.spec["steps"] # has it all its steps?
     def going(self) -> bool: return self.row().get("time", 0) >= self.started["time"] # has it done a step since it was started?
 

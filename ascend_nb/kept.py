@@ -84,7 +84,14 @@ def _wait(self: Kept,
     while self.state in LIVE and time.monotonic() < end: time.sleep(.1)
     return self.state
 
-Kept.tail, Kept.wait = _tail, _wait
+def _trouble(self: Kept) -> str: # "" unless it failed
+    "Why it failed, in its own words: the mistake's sentence, else the last line."
+    if self.state not in ("failed", "died"): return ""
+    lines = [x for x in last_lines(self.folder / LOG, 50) if not x.startswith("{")]
+    said = next((x for x in reversed(lines) if x.startswith("ascend_nb: ")), lines[-1] if lines else "")
+    return said.removeprefix("ascend_nb: ")
+
+Kept.tail, Kept.wait, Kept.trouble = _tail, _wait, _trouble
 
 # %% ../nbs/45_kept.ipynb #ff63e374
 class Errand(Kept):
@@ -106,13 +113,6 @@ class Errand(Kept):
                 try: return json.loads(line)
                 except ValueError: continue
         return None
-
-    def trouble(self) -> str: # "" unless it failed
-        "Why it failed, in its own words: the mistake's sentence, else the last line."
-        if self.state not in ("failed", "died"): return ""
-        lines = [x for x in last_lines(self.folder / LOG, 50) if not x.startswith("{")]
-        said = next((x for x in reversed(lines) if x.startswith("ascend_nb: ")), lines[-1] if lines else "")
-        return said.removeprefix("ascend_nb: ")
 
     def stop(self) -> str: # the state now
         "End it. What it writes appears under a final name only when it is whole, so nothing half-done stays."

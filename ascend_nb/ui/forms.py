@@ -20,7 +20,9 @@ messages(
     ui_form=("form of {name}", "{name} 表单"),
 )
 COMMAND_OF = {"RunConfig": "train", "PreprocessConfig": "preprocess", "GenerateConfig": "generate", "ChatConfig": "chat", "EvalConfig": "evaluate",
-              "FetchConfig": "fetch", "QuickstartConfig": "quickstart", "DoctorConfig": "doctor"} # dataclass -> command
+              "FetchConfig": "fetch", "QuickstartConfig": "quickstart", "DoctorConfig": "doctor", "SniffConfig": "data sniff", "ShowConfig": "data show", "ReportConfig": "data report",
+              "ConvertConfig": "convert", "ModelLinkConvertConfig": "convert", "CompareConfig": "compare", "ProfileConfig": "profile", "PlotLogConfig": "plot-log",
+              "PlanConfig": "plan", "ServeConfig": "serve", "LaunchConfig": "jobs launch", "ImportScriptConfig": "import-script"} # dataclass -> command
 
 # %% ../../nbs/60a_forms.ipynb #4ed955fb
 def to_text(
@@ -91,11 +93,13 @@ class Field:
 class Form(W.VBox):
     "The form of a config; `.value` is the config, `.errors` the reasons against it."
     def __init__(self,
-        cfg # a dataclass instance, or a class whose required knobs are still empty
+        cfg, # a dataclass instance, or a class whose required knobs are still empty
+        only=None # paths of the knobs that are shown, e.g. ("train.lr", "data.seq_length"); the others stay as they are. None: all
     ):
-        self.cls = cfg if isinstance(cfg, type) else type(cfg)
+        self.cls, self.start = cfg if isinstance(cfg, type) else type(cfg), cfg
         self._watchers, self.errors, self.fields = [], {}, {}
-        for k in knobs(self.cls): self.fields[(*k.path, k.name)] = Field(k, _start(cfg, k), self._changed)
+        for k in knobs(self.cls):
+            if only is None or ".".join((*k.path, k.name)) in only: self.fields[(*k.path, k.name)] = Field(k, _start(cfg, k), self._changed)
         self.status, self.code = W.HTML(), CodeView()
         super().__init__([W.HTML(f"<b>{escape(self.cls.__name__)}</b>"), *self._sections(), self.status, self.code])
         self._changed()
@@ -128,7 +132,7 @@ def _start(cfg, k: Knob):
 
 def _read(form: Form):
     "(config or None, {path: reason}); the empty path holds what is wrong with the whole."
-    tree, errors = {}, {}
+    tree, errors = {} if isinstance(form.start, type) else to_dict(form.start), {}
     for path, f in form.fields.items():
         try: value = f.read()
         except UserError as e: errors[path] = str(e); continue
@@ -175,7 +179,7 @@ def command_line(
 ) -> str: # e.g. ascend_nb train --lr 0.001
     "The shell command; a section alone (TrainConfig) is a part of `train`."
     import shlex
-    return shlex.join(["ascend_nb", COMMAND_OF.get(type(cfg).__name__, "train"), *to_args(cfg)])
+    return shlex.join(["ascend_nb", *COMMAND_OF.get(type(cfg).__name__, "train").split(), *to_args(cfg)])
 
 # %% ../../nbs/60a_forms.ipynb #20b5ca95
 class CodeView(W.VBox):
@@ -201,10 +205,11 @@ class CodeView(W.VBox):
 
 # %% ../../nbs/60a_forms.ipynb #c0d0ca95
 def form(
-    cfg # a dataclass instance, or a class
+    cfg, # a dataclass instance, or a class
+    only=None # see `Form`
 ) -> Form: # a widget; `.value` is the config
     "Show any config as a form."
-    return Form(cfg)
+    return Form(cfg, only)
 
 def _as_text(form: Form) -> str:
     "The form as plain text."

@@ -65,7 +65,7 @@ class PathBox(W.VBox):
     @property
     def value(self) -> str: return self.line.value.strip() # the path as it was typed
     @value.setter
-    def value(self, path): self.line.value = str(path)
+    def value(self, path): self.line.value = str(path) # path: another one
 
     def on_change(self,
         fn # called with the box after each change
