@@ -27,7 +27,7 @@ messages(
     panel_plan=("Plan", "规划"),
     panel_plan_about=("How a model lies on many devices, before anything runs: what each stage holds, how fast a step is, what makes it fit. All numbers are predictions.",
                       "在运行之前查看模型在多个设备上的布局：每个阶段占用多少显存、一步需要多久、怎样才能放得下。所有数字均为预测值。"),
-    planp_free=("planner's choice", "由规划器选择"), planp_known=("shapes that come along", "内置的模型形状"), planp_none=("(choose)", "（请选择）"), planp_layout=("layout", "布局"), planp_yaml=("write to", "写入文件"),
+    planp_model=("model", "模型"), planp_free=("planner's choice", "由规划器选择"), planp_known=("shapes that come along", "内置的模型形状"), planp_none=("(choose)", "（请选择）"), planp_layout=("layout", "布局"), planp_yaml=("write to", "写入文件"),
     planp_write=("Write YAML", "写出 YAML"), planp_hand=("Train this", "用此布局训练"), planp_fit=("Make it fit", "使其放得下"), planp_loosen=("All to the planner", "全部交给规划器"),
     planp_stage=("stage {n}", "阶段 {n}"), planp_full=("too much by {over:.1f} GiB", "超出 {over:.1f} GiB"), planp_of=("{have:.1f} of {room:.1f} GiB", "{have:.1f} / {room:.1f} GiB"),
     planp_shape=("{size:.2f} billion parameters, {layers} layers, width {wide}", "参数量 {size:.2f}B，{layers} 层，宽度 {wide}"),
@@ -124,28 +124,30 @@ class PlanPanel(Panel):
         super().__init__([self.model, self.known, W.HBox([left, right], layout=W.Layout(flex_flow="row wrap")), self.code])
         tell(self, lambda page: page.ask())
 
-    def _controls(self):
-        c = self.cfg
-        self.model = PathBox(c.model, "planp_model", check=_shape_said)
-        self.known = label(W.Dropdown(options=[("", "")], style=dict(description_width="130px"), layout=W.Layout(width="400px")), description="planp_known")
-        tell(self.known, lambda w: setattr(w, "options", [(phrase("planp_none"), ""), *((n, n) for n in named_shapes())]))
-        numbers = {n: _number(n, getattr(c, n)) for n in ("devices", "seq", "global_batch")}
-        lists = dict(device=_list("device", DEVICES, c.device), dtype=_list("dtype", KNOBS["dtype"].choices, c.dtype))
-        self.sliders = {n: Choice(n, getattr(c, n)) for n in CHOICES}
-        host = tell(W.Checkbox(c.optimizer_offload, description="optimizer_offload", indent=False), lambda w: setattr(w, "tooltip", KNOBS["optimizer_offload"].help))
-        self.controls = dict(device=lists["device"], devices=numbers["devices"], seq=numbers["seq"], global_batch=numbers["global_batch"], dtype=lists["dtype"], **self.sliders, optimizer_offload=host)
-        self.loosen = label(W.Button(icon="unlock"), description="planp_loosen")
-        for w in self.controls.values(): w.observe(lambda _: self.ask(), "value")
-        self.model.on_change(lambda _: self.ask())
-        self.known.observe(lambda change: change.new and setattr(self.model, "value", change.new), "value")
-        self.loosen.on_click(lambda _: self.fix({}))
-
     @property
     def on_run(self): return self._on_run # called with a RunConfig; none: there is no button for it
     @on_run.setter
     def on_run(self, fn): self._on_run = fn; self.hand.layout.display = "inline-flex" if fn else "none"
 
-messages(planp_model=("model", "模型"))
+# %% ../../nbs/64_plan_panel.ipynb #87957839
+def _controls(self: PlanPanel):
+    "What may be set."
+    c = self.cfg
+    self.model = PathBox(c.model, "planp_model", check=_shape_said)
+    self.known = label(W.Dropdown(options=[("", "")], style=dict(description_width="130px"), layout=W.Layout(width="400px")), description="planp_known")
+    tell(self.known, lambda w: setattr(w, "options", [(phrase("planp_none"), ""), *((n, n) for n in named_shapes())]))
+    numbers = {n: _number(n, getattr(c, n)) for n in ("devices", "seq", "global_batch")}
+    lists = dict(device=_list("device", DEVICES, c.device), dtype=_list("dtype", KNOBS["dtype"].choices, c.dtype))
+    self.sliders = {n: Choice(n, getattr(c, n)) for n in CHOICES}
+    host = tell(W.Checkbox(c.optimizer_offload, description="optimizer_offload", indent=False), lambda w: setattr(w, "tooltip", KNOBS["optimizer_offload"].help))
+    self.controls = dict(device=lists["device"], devices=numbers["devices"], seq=numbers["seq"], global_batch=numbers["global_batch"], dtype=lists["dtype"], **self.sliders, optimizer_offload=host)
+    self.loosen = label(W.Button(icon="unlock"), description="planp_loosen")
+    for w in self.controls.values(): w.observe(lambda _: self.ask(), "value")
+    self.model.on_change(lambda _: self.ask())
+    self.known.observe(lambda change: change.new and setattr(self.model, "value", change.new), "value")
+    self.loosen.on_click(lambda _: self.fix({}))
+
+PlanPanel._controls = _controls
 
 # %% ../../nbs/64_plan_panel.ipynb #6c4b4084
 def _results(self: PlanPanel):
