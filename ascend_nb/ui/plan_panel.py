@@ -163,6 +163,9 @@ def _results(self: PlanPanel):
     self.write.on_click(lambda _: self.save())
     self.hand.on_click(lambda _: self.give())
 
+PlanPanel._results = _results
+
+# %% ../../nbs/64_plan_panel.ipynb #f7d09bc1
 def _asked(self: PlanPanel) -> PlanConfig:
     "What the controls say, as the command line's config."
     return replace(self.cfg, model=self.model.value, out=self.path.value, **{n: w.value for n, w in self.controls.items()})
@@ -191,7 +194,7 @@ def _work(self: PlanPanel):
         with self._lock:
             if n == self.asked: self.busy = False; return
 
-PlanPanel._results, PlanPanel.config, PlanPanel.ask, PlanPanel._work = _results, _asked, _ask, _work
+PlanPanel.config, PlanPanel.ask, PlanPanel._work = _asked, _ask, _work
 
 # %% ../../nbs/64_plan_panel.ipynb #a162d4e8
 HEAD = dict(tp="tp", pp="pp", vpp="vpp", cp="cp", ep="ep", dp="dp", micro="micro", recompute="recompute", zero="zero", gib="GiB", seconds="s/step", tokens_per_s="tok/s/dev", mfu="MFU", bubble="bubble", exposed="links")
