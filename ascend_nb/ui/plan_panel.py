@@ -127,7 +127,8 @@ class PlanPanel(Panel):
     @property
     def on_run(self): return self._on_run # called with a RunConfig; none: there is no button for it
     @on_run.setter
-    def on_run(self, fn): self._on_run = fn; self.hand.layout.display = "inline-flex" if fn else "none"
+    def on_run(self, fn): # called with a RunConfig
+        self._on_run = fn; self.hand.layout.display = "inline-flex" if fn else "none"
 
 # %% ../../nbs/64_plan_panel.ipynb #87957839
 def _controls(self: PlanPanel):
