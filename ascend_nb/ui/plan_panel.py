@@ -29,7 +29,7 @@ messages(
                       "在运行之前查看模型在多个设备上的布局：每个阶段占用多少显存、一步需要多久、怎样才能放得下。所有数字均为预测值。"),
     planp_model=("model", "模型"), planp_free=("planner's choice", "由规划器选择"), planp_known=("shapes that come along", "内置的模型形状"), planp_none=("(choose)", "（请选择）"), planp_layout=("layout", "布局"), planp_yaml=("write to", "写入文件"),
     planp_write=("Write YAML", "写出 YAML"), planp_hand=("Train this", "用此布局训练"), planp_fit=("Make it fit", "使其放得下"), planp_loosen=("All to the planner", "全部交给规划器"),
-    planp_stage=("stage {n}", "阶段 {n}"), planp_full=("too much by {over:.1f} GiB", "超出 {over:.1f} GiB"), planp_of=("{have:.1f} of {room:.1f} GiB", "{have:.1f} / {room:.1f} GiB"),
+    planp_stage=("stage {n}", "阶段 {n}"), planp_full=("too much by {over:.1f} GiB", "超出 {over:.1f} GiB"), planp_of=("{have:.1f} of {room:.1f} GiB", "占用 {have:.1f} / {room:.1f} GiB"),
     planp_shape=("{size:.2f} billion parameters, {layers} layers, width {wide}", "参数量 {size:.2f}B，{layers} 层，宽度 {wide}"),
     planp_figures=("{speed:,.0f} tokens/s a device, MFU {mfu:.1%}, {seconds:.2f} s a step, bubble {bubble:.1%}, waiting for links {exposed:.1%}",
                    "每设备 {speed:,.0f} 词元/秒，MFU {mfu:.1%}，每步 {seconds:.2f} 秒，流水线空泡 {bubble:.1%}，未隐藏的通信 {exposed:.1%}"),
