@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 
 import pytest
@@ -39,6 +40,7 @@ def serving(words, url, folder, seconds=90):
         end = time.monotonic() + seconds
         while time.monotonic() < end and p.poll() is None:
             try: urllib.request.urlopen(url, timeout=5).read(); break
+            except urllib.error.HTTPError: break  # it answers
             except OSError: time.sleep(.2)
         else: pytest.fail(f"{words[1]} did not answer: {(folder / 'server.log').read_text()[-2000:]}")
         yield p
@@ -52,8 +54,11 @@ def serving(words, url, folder, seconds=90):
 def lab(folder, base="/"):
     "(address with token, process) of a JupyterLab 4 in a folder, behind a base URL."
     port, token = free_port(), "ascendnbtests"
+    quiet = folder / ".lab/@jupyterlab/apputils-extension/notification.jupyterlab-settings"
+    quiet.parent.mkdir(parents=True, exist_ok=True)
+    quiet.write_text('{"fetchNews": "false", "checkForUpdates": false}')
     words = ["-m", "jupyterlab", "--no-browser", f"--ServerApp.port={port}", "--ServerApp.ip=127.0.0.1", f"--IdentityProvider.token={token}", f"--ServerApp.base_url={base}", "--allow-root",
-             f"--ServerApp.root_dir={folder}", "--LabApp.expose_app_in_browser=True", "--ServerApp.port_retries=0", "--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
+             f"--ServerApp.root_dir={folder}", "--LabApp.expose_app_in_browser=True", "--ServerApp.port_retries=0"]
     root = f"http://127.0.0.1:{port}{base}"
     with serving(words, f"{root}api", folder) as p: yield root, token, p
 
@@ -63,7 +68,7 @@ def voila(folder, notebook="studio.ipynb"):
     "The address of a voila that shows a notebook."
     port = free_port()
     words = ["-m", "voila", str(folder / notebook), f"--port={port}", "--no-browser", "--Voila.ip=127.0.0.1", "--VoilaExecutor.timeout=120"]
-    with serving(words, f"http://127.0.0.1:{port}/static/voila.js", folder, 60): yield f"http://127.0.0.1:{port}/"
+    with serving(words, f"http://127.0.0.1:{port}/voila/static/none", folder, 60): yield f"http://127.0.0.1:{port}/"
 
 
 @contextlib.contextmanager
@@ -73,7 +78,7 @@ def browser(**kw):
     path = chromium()
     with sync_playwright() as play:
         chrome = play.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"])
-        context = chrome.new_context(viewport=dict(width=1360, height=950), **kw)
+        context = chrome.new_context(viewport=dict(width=1500, height=980), **kw)
         afar = []
         def refuse(route): afar.append(route.request.url); route.abort()
         context.route(re.compile(r"^https?://(?!127\.0\.0\.1|localhost)"), refuse)
@@ -92,7 +97,8 @@ def open_lab(page, root, token, notebook="studio.ipynb"):
 
 
 def run_all(page):
-    "Every cell, through the command that the menu calls."
+    "Every cell, through the command that the menu calls; the list of files makes room."
+    page.evaluate("async () => { if (!window.jupyterapp.shell.leftCollapsed) await window.jupyterapp.commands.execute('application:toggle-left-area') }")
     page.evaluate("async () => { await window.jupyterapp.commands.execute('notebook:run-all-cells') }")
 
 

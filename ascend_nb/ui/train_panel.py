@@ -120,8 +120,11 @@ class TrainPanel(Panel):
         self.runs = label(W.Dropdown(options=[]), description="tr_run")
         self.again = label(W.Button(icon="step-forward"), description="tr_again", tooltip="tr_again_tip")
         self.found, self.now, self.more = W.HTML(), W.VBox(), W.Accordion([W.VBox(), W.VBox()], selected_index=None)
-        super().__init__([self.pages, W.HBox([self.go, self.nproc, self.cards], layout=W.Layout(flex_flow="row wrap")), W.HTML("<hr>"),
-                          W.HBox([self.folder, self.look, self.runs, self.again], layout=W.Layout(flex_flow="row wrap")), self.found, self.now, self.more])
+        row = W.Layout(flex_flow="row wrap")
+        left = [self.pages, W.HBox([self.go, self.nproc, self.cards], layout=row)]
+        right = [W.HBox([self.folder, self.look], layout=row), W.HBox([self.runs, self.again], layout=row), self.found, self.now, self.more]
+        side = lambda children: W.VBox(children, layout=W.Layout(flex="1 1 580px", min_width="420px"))
+        super().__init__([W.HBox([side(left), side(right)], layout=W.Layout(flex_flow="row wrap-reverse", align_items="flex-end"))]) # a narrow page shows what goes on first
         self._wire()
         self.search()
 
