@@ -64,10 +64,10 @@ def lab(folder, base="/"):
 
 
 @contextlib.contextmanager
-def voila(folder, notebook="studio.ipynb"):
-    "The address of a voila that shows a notebook."
+def voila(folder):
+    "The address of a voila that shows the studio."
     port = free_port()
-    words = ["-m", "voila", str(folder / notebook), f"--port={port}", "--no-browser", "--Voila.ip=127.0.0.1", "--VoilaExecutor.timeout=120"]
+    words = ["-m", "ascend_nb.cli", "studio", str(folder), "--app", "voila", "--port", str(port)]
     with serving(words, f"http://127.0.0.1:{port}/voila/static/none", folder, 60): yield f"http://127.0.0.1:{port}/"
 
 
