@@ -7,39 +7,13 @@ from pathlib import Path
 import pytest
 from ascend_nb.indexed import IndexedReader
 from ascend_nb.tokenizers import load_tokenizer
-from ascend_nb.ui.bilingual import switch
 from ascend_nb.ui.data_panel import DataPanel
 from ascend_nb.ui.paths import PathBox
 from ascend_nb.ui.static import as_text
 from conftest import ROOT
+from pointing import settle, shut, widgets
 
 CHATS, TALES = ROOT / "data_samples/instruct.json", ROOT / "data_samples/tales.jsonl"
-
-
-def settle(page, seconds=60):
-    "Wait until the page does nothing any more."
-    def busy(): return page.bar.layout.display != "none" or any("(work)" in t.name for t in threading.enumerate())
-    end, quiet = time.monotonic() + seconds, 0
-    while quiet < 2:
-        assert time.monotonic() < end, "the page is still at work"
-        quiet = 0 if busy() else quiet + 1
-        time.sleep(.03)
-
-
-def widgets(w):
-    "How many widgets a page is made of."
-    return 1 + sum(map(widgets, getattr(w, "children", ())))
-
-
-def shut(w):
-    "A page that nobody looks at any more: it does not listen to the language."
-    for child in getattr(w, "children", ()): shut(child)
-    w.close()
-
-
-@pytest.fixture
-def chinese():
-    switch("zh"); yield; switch("en")
 
 
 @pytest.fixture
