@@ -5,13 +5,19 @@ import time
 from pathlib import Path
 
 import pytest
+from ascend_nb.contents import contents
+from ascend_nb.core import UserError
 from ascend_nb.indexed import IndexedReader
 from ascend_nb.tokenizers import load_tokenizer
+from ascend_nb.ui.bilingual import switch
+from ascend_nb.ui.convert_panel import ConvertPanel
 from ascend_nb.ui.data_panel import DataPanel
 from ascend_nb.ui.paths import PathBox
 from ascend_nb.ui.static import as_text
 from conftest import ROOT
 from pointing import settle, shut, widgets
+from safetensors import safe_open
+from test_converters import BASE, go, make
 
 CHATS, TALES = ROOT / "data_samples/instruct.json", ROOT / "data_samples/tales.jsonl"
 
@@ -129,3 +135,86 @@ def test_a_path_is_found_by_walking(tmp_path):
     box.list.value = ".."; box.enter.click()
     assert Path(box.value).samefile(tmp_path / "a") and box.list.options == ("..", "deep/", "y.jsonl")
     assert as_text(PathBox(str(tmp_path), kind="folder")).count("entries") == 1
+
+
+# -- weights
+
+@pytest.fixture
+def model(tmp_path):
+    make(tmp_path / "hf", dict(model_type="llama", **BASE), shards=3)
+    return tmp_path / "hf"
+
+
+@pytest.fixture
+def converting(tmp_path, model):
+    p = ConvertPanel(str(model), under=tmp_path / "errands")
+    p.look.click(); settle(p)
+    yield p
+    shut(p)
+
+
+def test_tensors_are_those_that_safetensors_finds(converting, model):
+    theirs = {}
+    for f in model.glob("*.safetensors"):
+        with safe_open(f, "np") as s: theirs |= {k: (f.name, s.get_slice(k).get_shape(), s.get_slice(k).get_dtype()) for k in s.keys()}
+    ours = {t.name: (f, list(t.shape), t.dtype.upper()) for f, t in converting.found.find()}
+    assert ours == theirs and f"{len(theirs)} tensors in 3 files" in as_text(converting)
+    converting.filter.value = "layers.2 mlp"
+    text = as_text(converting.rows)
+    assert text.count("model.layers.2.mlp.") == 3 and "3 of 3 tensors" in text and "48 × 32" in text
+    converting.filter.value = "no such"
+    assert "0 of 0 tensors" in as_text(converting.rows)
+
+
+def test_other_kinds_of_checkpoints_are_read_without_their_numbers(model, tmp_path):
+    go(f"{model} {tmp_path / 'mg'} --to mcore --tp 2"); go(f"{model} {tmp_path / 'run'} --to dcp")
+    whole = contents(model).nbytes
+    mg, step = contents(tmp_path / "mg"), contents(tmp_path / "run")
+    assert (mg.kind, len(mg.files)) == ("mg", 2) and mg.nbytes > whole # norms lie on both ranks, the vocabulary is filled up
+    assert step.kind == "step" and sum(t.nbytes for _, t in step.find("model.")) == whole
+    assert contents(model / "model-00001-of-00003.safetensors").kind == "file"
+    with pytest.raises(UserError, match="no weights"): contents(tmp_path / "errands")
+    (model / "model-00002-of-00003.safetensors").write_bytes(b"cut off")
+    with pytest.raises(UserError, match="model-00002-of-00003"): contents(model)
+
+
+def test_a_conversion_is_rehearsed(converting, model, tmp_path):
+    converting.steps.selected_index = 1
+    fields = converting.form.fields
+    assert converting.form.value.load_dir == str(model) and "dry_run" not in {p[-1] for p in fields}
+    fields["target_tensor_parallel_size",].control.value = "3"
+    fields["save_dir",].control.value = str(tmp_path / "mg")
+    converting.dry.click(); settle(converting)
+    assert "key/value heads" in as_text(converting.trouble)
+    fields["target_tensor_parallel_size",].control.value = "zero"
+    assert converting.start.disabled and converting.dry.disabled
+    fields["target_tensor_parallel_size",].control.value = "2"
+    converting.dry.click(); settle(converting)
+    assert "mp_rank_01/model_optim_rng.pt" in as_text(converting.journey) and converting.trouble.error is None and not (tmp_path / "mg").exists()
+
+
+@pytest.mark.slow # the lesson of the page does it too
+def test_a_conversion_is_done_proven_and_found_again(converting, tmp_path):
+    converting.steps.selected_index = 1
+    converting.form.fields["save_dir",].control.value = str(tmp_path / "mg")
+    converting.form.fields["target_tensor_parallel_size",].control.value = "2"
+    converting.start.click(); settle(converting)
+    assert converting.job.errand.wait(100) == "finished"
+    other = ConvertPanel(under=tmp_path / "errands") # opened later
+    paper, text = json.loads((tmp_path / "mg/conversion.json").read_text()), as_text(other.certificate)
+    assert f"{paper['verified']['bitwise_equal']} parameters equal to the last bit" in text and "missing 0, unused 0, twice 0" in text
+    name, crc = next(iter(paper["verified"]["source_crc32"].items()))
+    assert name in text and crc in text
+    switch("zh")
+    try: assert "逐位相同" in as_text(other.certificate) and "转换证明" in as_text(other.certificate)
+    finally: switch("en")
+    for p in (tmp_path / "mg").rglob("*.pt"): assert contents(p).tensors
+    shut(other)
+
+
+def test_a_page_without_weights_says_so(tmp_path):
+    p = ConvertPanel(str(tmp_path), under=tmp_path / "errands")
+    assert widgets(p) < 60
+    p.look.click(); settle(p)
+    assert "Found no weights" in as_text(p.trouble) and "contents_none" == p.trouble.error.key
+    shut(p)

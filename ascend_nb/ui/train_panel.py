@@ -166,6 +166,9 @@ def _checked(self: TrainPanel, pages=None): # a wrong value, or something that i
     self.need.value = f"<span style='color:{RED}'>{escape(why)}</span>" if why else ""
     self.go.disabled = bool(self.pages.form.errors or why)
 
+TrainPanel._wire, TrainPanel._checked = _wire, _checked
+
+# %% ../../nbs/64a_train_panel.ipynb #620ab233
 def start(self: TrainPanel): # the thread that starts it
     "Launch what the form says; the reason is told where it cannot be."
     cards = [c.strip() for c in self.cards.value.split(",") if c.strip()]
@@ -186,7 +189,9 @@ def search(self: TrainPanel,
         if chosen and (self.live is None or path): self.attach(chosen)
         self._count()
 
-TrainPanel._wire, TrainPanel._checked, TrainPanel.start, TrainPanel.search = _wire, _checked, start, search
+
+
+TrainPanel.start, TrainPanel.search = start, search
 
 # %% ../../nbs/64a_train_panel.ipynb #220ae4dd
 def attach(self: TrainPanel,
