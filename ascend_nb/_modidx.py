@@ -2764,6 +2764,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'ascend_nb.scripts._pick': ('scripts.html#_pick', 'ascend_nb/scripts.py'),
                                    'ascend_nb.scripts._source': ('scripts.html#_source', 'ascend_nb/scripts.py'),
                                    'ascend_nb.scripts._split': ('scripts.html#_split', 'ascend_nb/scripts.py'),
+                                   'ascend_nb.scripts.command_words': ('scripts.html#command_words', 'ascend_nb/scripts.py'),
                                    'ascend_nb.scripts.config_of': ('scripts.html#config_of', 'ascend_nb/scripts.py'),
                                    'ascend_nb.scripts.draft_of': ('scripts.html#draft_of', 'ascend_nb/scripts.py'),
                                    'ascend_nb.scripts.grid_notes': ('scripts.html#grid_notes', 'ascend_nb/scripts.py'),
