@@ -104,6 +104,7 @@ def _different(turns, i): # short stages from a turn on, each once
     for k, _ in itertools.islice(turns, i, None):
         if k not in seen: seen.add(k); yield k
 
+# %% ../nbs/55g_agree.ipynb #44c907a6
 def _gathers(x, s): # how often a layer's weights are gathered in a step, on average; and of the ends, those that this device has
     three = bool(s.three)
     if x.pp == 1: return (2 * x.batches, x.batches) if three else (1, 1)
@@ -123,6 +124,7 @@ def _data(c, x, s): # of data and context parallel processes that share: weights
             yield axis, "reduce-scatter", sums * (groups + roots * top), sums * 4 * held
         if held and copies > 1: yield "dp", "all-reduce", sums * (groups + roots * top), sums * 4 * held / size
 
+# %% ../nbs/55g_agree.ipynb #162e8b52
 def sends(
     c: ModelConfig, # the model
     n: Counts, # its parameters

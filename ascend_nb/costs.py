@@ -38,6 +38,7 @@ class Layout:
     grouped: bool = True # experts' products are one operator
     gathered: bool = False # experts see the gathered tokens of all (Megatron's allgather dispatcher); else an exchange of tokens
     overlap: bool = True # gradients are added up while backward goes on
+    keeps: bool = False # whole weights stay on a device that has many short stages (Megatron); else torch's schedule drops and gathers them
 
     @property
     def world(self): return self.tp * self.pp * self.cp * self.dp # devices

@@ -1,11 +1,11 @@
-"""One process of a small run that is really computed: its allocator's highest mark in each step, told by torch's profiler."""
+"""One process of a small run that is really computed: its allocator's highest mark, told by torch's profiler."""
 import ctypes
 import json
 import sys
 from pathlib import Path
 
 import torch
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import ProfilerActivity, profile
 
 from ascend_nb.config import ModelConfig, ParallelConfig, TrainConfig
 from ascend_nb.datasets import Batch
@@ -44,10 +44,7 @@ with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
     train = TrainConfig(micro_batch_size=1, global_batch_size=spec["batches"] * mesh.sizes.data, dtype="fp32", device="cpu", train_iters=9, log_interval=9)
     t = ParallelTrainer(engine, train, Feed(), causal_lm_loss)
     t.one_step()
-    for _ in range(5):
-        with record_function("a step"): t.one_step()
-tree = [e for root in prof.profiler.kineto_results.experimental_event_tree() for e in walk(root)]
-given = [(e.start_time_ns, e.extra_fields.total_allocated) for e in tree if type(e.extra_fields).__name__ == "_ExtraFields_Allocation"]
-steps = [max(n for at, n in given if e.start_time_ns <= at <= e.end_time_ns) for e in tree if e.name == "a step"]
-print(json.dumps(dict(rank=r.rank, peaks=steps)), flush=True)
+    t.one_step()
+events = [e.extra_fields for root in prof.profiler.kineto_results.experimental_event_tree() for e in walk(root) if type(e.extra_fields).__name__ == "_ExtraFields_Allocation"]
+print(json.dumps(dict(rank=r.rank, peak=max(e.total_allocated for e in events))), flush=True)
 leave()
