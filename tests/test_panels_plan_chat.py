@@ -181,7 +181,7 @@ def talk(folder, one_thread):
 
 def say(page, text, wait=True):
     page.text.value = text
-    page.send.click()
+    page.post.click()
     return done(page) if wait else page
 
 

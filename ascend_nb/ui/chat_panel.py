@@ -114,19 +114,19 @@ class ChatPanel(Panel):
         self.more = label(W.Text(shlex.join(cfg.lora_load), **wide), description="chatp_more", placeholder="chatp_more_hint")
         self.beside = label(W.Text(shlex.join(beside), **wide), description="chatp_beside", placeholder="chatp_more_hint")
         self.text = label(W.Text(**wide), description="chatp_text", placeholder="chatp_text_hint")
-        self.load, self.send, self.stop, self.clear = (label(W.Button(icon=icon), description=row) for row, icon in (("chatp_load", "upload"), ("chatp_send", "paper-plane"), ("ui_stop", "stop"), ("chatp_clear", "eraser")))
+        self.load, self.post, self.stop, self.clear = (label(W.Button(icon=icon), description=row) for row, icon in (("chatp_load", "upload"), ("chatp_send", "paper-plane"), ("ui_stop", "stop"), ("chatp_clear", "eraser")))
         self.form, self.said = Form(cfg, SHOWN), W.HTML()
         self.knobs = titles(W.Accordion([self.form], selected_index=None), "chatp_knobs")
         self.area, self.stop.disabled = W.HBox(layout=W.Layout(flex_flow="row wrap")), True
         row = lambda *w: W.HBox(w, layout=W.Layout(flex_flow="row wrap"))
-        super().__init__([self.model, row(self.more), row(self.beside, self.load), self.said, self.area, row(self.text, self.send, self.stop, self.clear), self.knobs])
+        super().__init__([self.model, row(self.more), row(self.beside, self.load), self.said, self.area, row(self.text, self.post, self.stop, self.clear), self.knobs])
         self._wire()
 
     def _wire(self):
         for w in (self.more, self.beside): w.observe(lambda _: self.name(), "value")
         self.model.on_change(lambda _: self.name())
-        self.load.on_click(lambda _: self.open())
-        self.send.on_click(lambda _: self.ask())
+        self.load.on_click(lambda _: self.begin())
+        self.post.on_click(lambda _: self.ask())
         self.stop.on_click(lambda _: self.halt.set())
         self.clear.on_click(lambda _: self.forget())
         self.text.on_msg(lambda w, content, buffers: content.get("event") == "submit" and self.ask()) # Enter
@@ -181,18 +181,18 @@ def _hear(self: ChatPanel,
     if text and text not in self.heard: self.heard.append(text)
     self.said.value = "".join(f"<div style='opacity:.75'>{escape(t)}</div>" for t in self.heard[-4:])
 
-ChatPanel.open, ChatPanel.free, ChatPanel.hear = _open, _free, _hear
+ChatPanel.begin, ChatPanel.free, ChatPanel.hear = _open, _free, _hear
 
 # %% ../../nbs/65_chat_panel.ipynb #881f1b0c
 def _ask(self: ChatPanel) -> None:
     "Send the message."
     text = self.text.value.strip()
-    if not text or self.send.disabled: return
+    if not text or self.post.disabled: return
     if not self.columns: return self.trouble.say(UserError("chatp_none"))
     self.text.value = ""
     self.halt.clear()
     self.stop.disabled, self.clear.disabled, self.load.disabled = False, True, True
-    self.thread = self.later(lambda: self._answer(text), button=self.send, what="chatp_answering")
+    self.thread = self.later(lambda: self._answer(text), button=self.post, what="chatp_answering")
 
 def _answer(self: ChatPanel, text):
     HEAR.set(self.hear)
