@@ -16,6 +16,7 @@ from conftest import ROOT
 spec = importlib.util.spec_from_file_location("site_docs", ROOT / ".ci/docs.py")
 docs = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(docs)
+room = lambda module: next(p for p in sorted((ROOT / "nbs").glob("[0-9]*.ipynb")) if docs.read(p)[1]["module"] == module)
 NOTEBOOKS = sorted(p.stem for p in (ROOT / "nbs").glob("[0-9]*.ipynb"))
 
 
@@ -32,7 +33,7 @@ def test_quartos_sidebar_is_in_step():
 
 def test_a_lesson_keeps_what_a_reader_needs():
     bad = []
-    nb = docs.lesson(ROOT / "nbs/60_forms.ipynb", bad)
+    nb = docs.lesson(room("ui.forms"), bad)
     code = [c for c in nb.cells if c.cell_type == "code"]
     assert not bad and any("exported" in c.metadata.tags for c in code) and any(c.outputs for c in code)
     assert not any(line.startswith("#|") for c in code for line in c.source.splitlines())
@@ -50,8 +51,7 @@ def test_links_of_notebooks_become_links_of_pages():
 
 @pytest.mark.parametrize("module", ["core", "config", "ui.forms"])
 def test_every_export_has_an_api_entry(module):
-    room = next(n for n in NOTEBOOKS if docs.read(ROOT / f"nbs/{n}.ipynb")[1]["module"] == module)
-    page, names = docs.api(docs.read(ROOT / f"nbs/{room}.ipynb")[1])
+    page, names = docs.api(docs.read(room(module))[1])
     assert list(names) == importlib.import_module(f"ascend_nb.{module}").__all__
     assert [n for n in re.findall(r'<a id="([^".]+)"', page)] == list(names)
 
