@@ -1,7 +1,5 @@
 """The pages for data and for conversion, driven as a person would: paths typed, buttons clicked, and what the page then says."""
 import json
-import threading
-import time
 from pathlib import Path
 
 import pytest
