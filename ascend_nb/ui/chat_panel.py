@@ -108,34 +108,50 @@ class ChatPanel(Panel):
         beside: tuple = () # folders of other models
     ):
         cfg = cfg or ChatConfig(model="")
-        self.columns, self.heard, self.halt, self.thread = [], [], threading.Event(), None
+        self.cfg, self.columns, self.heard, self.halt, self.thread, self._form = cfg, [], [], threading.Event(), None, None
         wide = dict(style=dict(description_width="130px"), layout=W.Layout(flex="1 1 320px", max_width="820px"))
         self.model = PathBox(cfg.model, "chatp_model")
         self.more = label(W.Text(shlex.join(cfg.lora_load), **wide), description="chatp_more", placeholder="chatp_more_hint")
         self.beside = label(W.Text(shlex.join(beside), **wide), description="chatp_beside", placeholder="chatp_more_hint")
         self.text = label(W.Text(**wide), description="chatp_text", placeholder="chatp_text_hint")
-        self.load, self.send, self.stop, self.clear = (label(W.Button(icon=icon), description=row) for row, icon in (("chatp_load", "upload"), ("chatp_send", "paper-plane"), ("ui_stop", "stop"), ("chatp_clear", "eraser")))
-        self.form, self.said = Form(cfg, SHOWN), W.HTML()
-        self.knobs = titles(W.Accordion([self.form], selected_index=None), "chatp_knobs")
+        self.load, self.go, self.stop, self.clear = (label(W.Button(icon=icon), description=row) for row, icon in (("chatp_load", "upload"), ("chatp_send", "paper-plane"), ("ui_stop", "stop"), ("chatp_clear", "eraser")))
+        self.said, self.knobs = W.HTML(), titles(W.Accordion([W.VBox()], selected_index=None), "chatp_knobs")
         self.area, self.stop.disabled = W.HBox(layout=W.Layout(flex_flow="row wrap")), True
         row = lambda *w: W.HBox(w, layout=W.Layout(flex_flow="row wrap"))
-        super().__init__([self.model, row(self.more), row(self.beside, self.load), self.said, self.area, row(self.text, self.send, self.stop, self.clear), self.knobs])
+        super().__init__([self.model, row(self.more), row(self.beside, self.load), self.said, self.area, row(self.text, self.go, self.stop, self.clear), self.knobs])
         self._wire()
 
     def _wire(self):
-        for w in (self.more, self.beside): w.observe(lambda _: self.name(), "value")
-        self.model.on_change(lambda _: self.name())
-        self.load.on_click(lambda _: self.open())
-        self.send.on_click(lambda _: self.ask())
+        for w in (self.more, self.beside): w.observe(lambda _: self.rename(), "value")
+        self.model.on_change(lambda _: self.rename())
+        self.load.on_click(lambda _: self.begin())
+        self.go.on_click(lambda _: self.ask())
         self.stop.on_click(lambda _: self.halt.set())
         self.clear.on_click(lambda _: self.forget())
+        self.knobs.observe(lambda _: self.form, "selected_index")
         self.text.on_msg(lambda w, content, buffers: content.get("event") == "submit" and self.ask()) # Enter
 
-    def name(self) -> None:
+    def on_new_model(self,
+        path # of a model or a run
+    ) -> None:
+        "Another page has made a model; whoever wants to talk with it presses the button."
+        self.model.value = path
+
+    def rename(self) -> None:
         "The form knows which model is meant, so that its code is whole."
+        if self._form is None: return
         with self.guard():
-            self.form.start = replace(self.form.start, model=self.model.value, lora_load=words_of(self.more.value))
-            self.form._changed()
+            self._form.start = replace(self._form.start, model=self.model.value, lora_load=words_of(self.more.value))
+            self._form._changed()
+
+    @property
+    def form(self): # of the knobs; it is built when it is first looked at
+        if self._form is None: self._form = Form(self.config(), SHOWN); self.knobs.children = [self._form]
+        return self._form
+
+    def config(self) -> ChatConfig:
+        "What the page asks for. Raises UserError for a value that is refused."
+        return replace(self._form.value if self._form else self.cfg, model=self.model.value, lora_load=words_of(self.more.value))
 
 # %% ../../nbs/65_chat_panel.ipynb #ea2df836
 def words_of(
@@ -147,11 +163,11 @@ def words_of(
 
 messages(chatp_quote=("Found {got!r} ({why}); expected folders with blanks between them. Close the quote.", "{got!r} 无效（{why}）；应为以空格分隔的目录。请补全引号。"))
 
-def _open(self: ChatPanel) -> None:
+def _begin(self: ChatPanel) -> None:
     "Load what the page names."
     def work():
         HEAR.set(self.hear)
-        cfg, others = self.form.value, words_of(self.beside.value)
+        cfg, others = self.config(), words_of(self.beside.value)
         self.free()
         return [c for i, path in enumerate([cfg.model, *others]) for c in columns_of(replace(cfg, model=path, lora_load=[] if i else cfg.lora_load))]
     def then(columns): self.columns, self.area.children = columns, columns
@@ -181,24 +197,24 @@ def _hear(self: ChatPanel,
     if text and text not in self.heard: self.heard.append(text)
     self.said.value = "".join(f"<div style='opacity:.75'>{escape(t)}</div>" for t in self.heard[-4:])
 
-ChatPanel.open, ChatPanel.free, ChatPanel.hear = _open, _free, _hear
+ChatPanel.begin, ChatPanel.free, ChatPanel.hear = _begin, _free, _hear
 
 # %% ../../nbs/65_chat_panel.ipynb #881f1b0c
 def _ask(self: ChatPanel) -> None:
     "Send the message."
     text = self.text.value.strip()
-    if not text or self.send.disabled: return
+    if not text or self.go.disabled: return
     if not self.columns: return self.trouble.say(UserError("chatp_none"))
     self.text.value = ""
     self.halt.clear()
     self.stop.disabled, self.clear.disabled, self.load.disabled = False, True, True
-    self.thread = self.later(lambda: self._answer(text), button=self.send, what="chatp_answering")
+    self.thread = self.later(lambda: self._answer(text), button=self.go, what="chatp_answering")
 
 def _answer(self: ChatPanel, text):
     HEAR.set(self.hear)
     refused = []
     try:
-        cfg = self.form.value
+        cfg = self.config()
         for c in self.columns:
             if self.halt.is_set(): break
             try: c.settle(cfg); c.answer(text, self.halt)
