@@ -69,33 +69,34 @@ class Column(W.VBox):
         why = "now" if self.live else last and (last.stopped_by or "user")
         self.foot.value = f"<span style='opacity:.75'>{escape(phrase('chatp_end', n=len(last.ids), speed=last.tokens_per_s, why=phrase(f'chatp_by_{why}')))}</span>" if last else ""
 
-    def settle(self,
-        cfg: ChatConfig # how to answer from now on
-    ) -> None:
-        "Other knobs; what was said stays, and so does what the model remembers of it."
-        cfg = replace(cfg, model=self.chat.cfg.model, lora_load=self.chat.cfg.lora_load)
-        if cfg == self.asked: return
-        old, self.chat = self.chat, Chat(self.chat.model, self.chat.tokenizer, cfg)
-        self.chat.history, self.chat.memory, self.chat.last, self.asked = old.history, old.memory, old.last, cfg
+# %% ../../nbs/65_chat_panel.ipynb #db086838
+def _settle(self: Column,
+    cfg: ChatConfig # how to answer from now on
+) -> None:
+    "Other knobs; what was said stays, and so does what the model remembers of it."
+    cfg = replace(cfg, model=self.chat.cfg.model, lora_load=self.chat.cfg.lora_load)
+    if cfg == self.asked: return
+    old, self.chat = self.chat, Chat(self.chat.model, self.chat.tokenizer, cfg)
+    self.chat.history, self.chat.memory, self.chat.last, self.asked = old.history, old.memory, old.last, cfg
 
-    asked = None # the knobs of the last answer
+def _answer_one(self: Column,
+    text: str, # a question
+    halt: threading.Event # set: stop
+) -> None:
+    "Show the answer as it comes. Raises UserError for a question that is too long."
+    if self.several: self.chat.adapter(self.adapter)
+    pieces, said = self.chat.stream(text), ""
+    self.live = text, "…"
+    self.draw()
+    try:
+        for piece in pieces:
+            said += piece
+            self.live = text, said
+            if halt.is_set(): break
+            if time.time() - self.drawn >= .1: self.draw()
+    finally: pieces.close(); self.live = None; self.draw()
 
-    def answer(self,
-        text: str, # a question
-        halt: threading.Event # set: stop
-    ) -> None:
-        "Show the answer as it comes. Raises UserError for a question that is too long."
-        if self.several: self.chat.adapter(self.adapter)
-        pieces, said = self.chat.stream(text), ""
-        self.live = text, "…"
-        self.draw()
-        try:
-            for piece in pieces:
-                said += piece
-                self.live = text, said
-                if halt.is_set(): break
-                if time.time() - self.drawn >= .1: self.draw()
-        finally: pieces.close(); self.live = None; self.draw()
+Column.settle, Column.answer, Column.asked = _settle, _answer_one, None # asked: the knobs of the last answer
 
 # %% ../../nbs/65_chat_panel.ipynb #5515f995
 SHOWN = ("system", "history_turns", "task", "max_new_tokens", "temperature", "top_k", "top_p", "stop", "seed", "prompt_type", "device", "dtype", "truncate") # knobs of ChatConfig on the page
@@ -131,27 +132,29 @@ class ChatPanel(Panel):
         self.knobs.observe(lambda _: self.form, "selected_index")
         self.text.on_msg(lambda w, content, buffers: content.get("event") == "submit" and self.ask()) # Enter
 
-    def on_new_model(self,
-        path # of a model or a run
-    ) -> None:
-        "Another page has made a model; whoever wants to talk with it presses the button."
-        self.model.value = path
+# %% ../../nbs/65_chat_panel.ipynb #e058f84a
+def _new_model(self: ChatPanel,
+    path # of a model or a run
+) -> None:
+    "Another page has made a model; whoever wants to talk with it presses the button."
+    self.model.value = path
 
-    def rename(self) -> None:
-        "The form knows which model is meant, so that its code is whole."
-        if self._form is None: return
-        with self.guard():
-            self._form.start = replace(self._form.start, model=self.model.value, lora_load=words_of(self.more.value))
-            self._form._changed()
+def _rename(self: ChatPanel) -> None:
+    "The form knows which model is meant, so that its code is whole."
+    if self._form is None: return
+    with self.guard():
+        self._form.start = replace(self._form.start, model=self.model.value, lora_load=words_of(self.more.value))
+        self._form._changed()
 
-    @property
-    def form(self): # of the knobs; it is built when it is first looked at
-        if self._form is None: self._form = Form(self.config(), SHOWN); self.knobs.children = [self._form]
-        return self._form
+def _knobs_form(self: ChatPanel): # of the knobs; it is built when it is first looked at
+    if self._form is None: self._form = Form(self.config(), SHOWN); self.knobs.children = [self._form]
+    return self._form
 
-    def config(self) -> ChatConfig:
-        "What the page asks for. Raises UserError for a value that is refused."
-        return replace(self._form.value if self._form else self.cfg, model=self.model.value, lora_load=words_of(self.more.value))
+def _config(self: ChatPanel) -> ChatConfig:
+    "What the page asks for. Raises UserError for a value that is refused."
+    return replace(self._form.value if self._form else self.cfg, model=self.model.value, lora_load=words_of(self.more.value))
+
+ChatPanel.on_new_model, ChatPanel.rename, ChatPanel.config, ChatPanel.form = _new_model, _rename, _config, property(_knobs_form)
 
 # %% ../../nbs/65_chat_panel.ipynb #ea2df836
 def words_of(
@@ -181,6 +184,7 @@ def columns_of(
     adapters = [None, *book(model).specs] if cfg.lora_load else [None]
     return [Column(Path(cfg.model).name, Chat(model, tokenizer, cfg), a) for a in adapters]
 
+# %% ../../nbs/65_chat_panel.ipynb #03343327
 def _free(self: ChatPanel) -> None:
     "Give the models up; widgets live longer than their page, so they let go of them."
     for c in self.columns: c.chat = None; c.close()
