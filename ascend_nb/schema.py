@@ -51,7 +51,8 @@ def comments(
 def chinese() -> dict: # "Class.field", and "Class" for its docstring -> the same in Chinese
     "What `knobs_zh.yaml` says; a test holds it to the dataclasses."
     import yaml
-    return yaml.safe_load((files("ascend_nb")/"knobs_zh.yaml").read_text(encoding="utf-8"))
+    table = yaml.safe_load((files("ascend_nb")/"knobs_zh.yaml").read_text(encoding="utf-8"))
+    return {cls if name == "_" else f"{cls}.{name}": text for cls, rows in table.items() for name, text in rows.items()}
 
 def said_of(
     key: str, # "Class.field" or "Class"

@@ -181,7 +181,7 @@ def talk(folder, one_thread):
 
 def say(page, text, wait=True):
     page.text.value = text
-    page.post.click()
+    page.go.click()
     return done(page) if wait else page
 
 
@@ -215,11 +215,11 @@ def test_stop_keeps_what_was_said(talk):
     c.talk.observe(drawn.append, "value")
     say(talk, "Tell me all.", wait=False)
     while len(drawn) < 4 and time.time() < start + 30: time.sleep(.02)
-    assert not talk.stop.disabled and talk.post.disabled and talk.load.disabled
+    assert not talk.stop.disabled and talk.go.disabled and talk.load.disabled
     talk.stop.click(); done(talk)
     (question, answer), = c.chat.history
     assert question == "Tell me all." and answer and len(c.chat.last.ids) < 1900 and answer in c.talk.value.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&").replace("&quot;", '"').replace("&#x27;", "'")
-    assert "stopped by you" in as_text(c.foot) and talk.stop.disabled and not talk.post.disabled
+    assert "stopped by you" in as_text(c.foot) and talk.stop.disabled and not talk.go.disabled
     assert len(drawn) <= 10 * (time.time() - start) + 4 # ten times a second
     talk.form.fields["max_new_tokens",].control.value = "4"
     assert len(say(talk, "And now?").columns[0].chat.history) == 2

@@ -69,33 +69,34 @@ class Column(W.VBox):
         why = "now" if self.live else last and (last.stopped_by or "user")
         self.foot.value = f"<span style='opacity:.75'>{escape(phrase('chatp_end', n=len(last.ids), speed=last.tokens_per_s, why=phrase(f'chatp_by_{why}')))}</span>" if last else ""
 
-    def settle(self,
-        cfg: ChatConfig # how to answer from now on
-    ) -> None:
-        "Other knobs; what was said stays, and so does what the model remembers of it."
-        cfg = replace(cfg, model=self.chat.cfg.model, lora_load=self.chat.cfg.lora_load)
-        if cfg == self.asked: return
-        old, self.chat = self.chat, Chat(self.chat.model, self.chat.tokenizer, cfg)
-        self.chat.history, self.chat.memory, self.chat.last, self.asked = old.history, old.memory, old.last, cfg
+# %% ../../nbs/65_chat_panel.ipynb #db086838
+def _settle(self: Column,
+    cfg: ChatConfig # how to answer from now on
+) -> None:
+    "Other knobs; what was said stays, and so does what the model remembers of it."
+    cfg = replace(cfg, model=self.chat.cfg.model, lora_load=self.chat.cfg.lora_load)
+    if cfg == self.asked: return
+    old, self.chat = self.chat, Chat(self.chat.model, self.chat.tokenizer, cfg)
+    self.chat.history, self.chat.memory, self.chat.last, self.asked = old.history, old.memory, old.last, cfg
 
-    asked = None # the knobs of the last answer
+def _answer_one(self: Column,
+    text: str, # a question
+    halt: threading.Event # set: stop
+) -> None:
+    "Show the answer as it comes. Raises UserError for a question that is too long."
+    if self.several: self.chat.adapter(self.adapter)
+    pieces, said = self.chat.stream(text), ""
+    self.live = text, "…"
+    self.draw()
+    try:
+        for piece in pieces:
+            said += piece
+            self.live = text, said
+            if halt.is_set(): break
+            if time.time() - self.drawn >= .1: self.draw()
+    finally: pieces.close(); self.live = None; self.draw()
 
-    def answer(self,
-        text: str, # a question
-        halt: threading.Event # set: stop
-    ) -> None:
-        "Show the answer as it comes. Raises UserError for a question that is too long."
-        if self.several: self.chat.adapter(self.adapter)
-        pieces, said = self.chat.stream(text), ""
-        self.live = text, "…"
-        self.draw()
-        try:
-            for piece in pieces:
-                said += piece
-                self.live = text, said
-                if halt.is_set(): break
-                if time.time() - self.drawn >= .1: self.draw()
-        finally: pieces.close(); self.live = None; self.draw()
+Column.settle, Column.answer, Column.asked = _settle, _answer_one, None # asked: the knobs of the last answer
 
 # %% ../../nbs/65_chat_panel.ipynb #5515f995
 SHOWN = ("system", "history_turns", "task", "max_new_tokens", "temperature", "top_k", "top_p", "stop", "seed", "prompt_type", "device", "dtype", "truncate") # knobs of ChatConfig on the page
@@ -108,34 +109,52 @@ class ChatPanel(Panel):
         beside: tuple = () # folders of other models
     ):
         cfg = cfg or ChatConfig(model="")
-        self.columns, self.heard, self.halt, self.thread = [], [], threading.Event(), None
+        self.cfg, self.columns, self.heard, self.halt, self.thread, self._form = cfg, [], [], threading.Event(), None, None
         wide = dict(style=dict(description_width="130px"), layout=W.Layout(flex="1 1 320px", max_width="820px"))
         self.model = PathBox(cfg.model, "chatp_model")
         self.more = label(W.Text(shlex.join(cfg.lora_load), **wide), description="chatp_more", placeholder="chatp_more_hint")
         self.beside = label(W.Text(shlex.join(beside), **wide), description="chatp_beside", placeholder="chatp_more_hint")
         self.text = label(W.Text(**wide), description="chatp_text", placeholder="chatp_text_hint")
-        self.load, self.post, self.stop, self.clear = (label(W.Button(icon=icon), description=row) for row, icon in (("chatp_load", "upload"), ("chatp_send", "paper-plane"), ("ui_stop", "stop"), ("chatp_clear", "eraser")))
-        self.form, self.said = Form(cfg, SHOWN), W.HTML()
-        self.knobs = titles(W.Accordion([self.form], selected_index=None), "chatp_knobs")
+        self.load, self.go, self.stop, self.clear = (label(W.Button(icon=icon), description=row) for row, icon in (("chatp_load", "upload"), ("chatp_send", "paper-plane"), ("ui_stop", "stop"), ("chatp_clear", "eraser")))
+        self.said, self.knobs = W.HTML(), titles(W.Accordion([W.VBox()], selected_index=None), "chatp_knobs")
         self.area, self.stop.disabled = W.HBox(layout=W.Layout(flex_flow="row wrap")), True
         row = lambda *w: W.HBox(w, layout=W.Layout(flex_flow="row wrap"))
-        super().__init__([self.model, row(self.more), row(self.beside, self.load), self.said, self.area, row(self.text, self.post, self.stop, self.clear), self.knobs])
+        super().__init__([self.model, row(self.more), row(self.beside, self.load), self.said, self.area, row(self.text, self.go, self.stop, self.clear), self.knobs])
         self._wire()
 
     def _wire(self):
-        for w in (self.more, self.beside): w.observe(lambda _: self.name(), "value")
-        self.model.on_change(lambda _: self.name())
+        for w in (self.more, self.beside): w.observe(lambda _: self.rename(), "value")
+        self.model.on_change(lambda _: self.rename())
         self.load.on_click(lambda _: self.begin())
-        self.post.on_click(lambda _: self.ask())
+        self.go.on_click(lambda _: self.ask())
         self.stop.on_click(lambda _: self.halt.set())
         self.clear.on_click(lambda _: self.forget())
+        self.knobs.observe(lambda _: self.form, "selected_index")
         self.text.on_msg(lambda w, content, buffers: content.get("event") == "submit" and self.ask()) # Enter
 
-    def name(self) -> None:
-        "The form knows which model is meant, so that its code is whole."
-        with self.guard():
-            self.form.start = replace(self.form.start, model=self.model.value, lora_load=words_of(self.more.value))
-            self.form._changed()
+# %% ../../nbs/65_chat_panel.ipynb #e058f84a
+def _new_model(self: ChatPanel,
+    path # of a model or a run
+) -> None:
+    "Another page has made a model; whoever wants to talk with it presses the button."
+    self.model.value = path
+
+def _rename(self: ChatPanel) -> None:
+    "The form knows which model is meant, so that its code is whole."
+    if self._form is None: return
+    with self.guard():
+        self._form.start = replace(self._form.start, model=self.model.value, lora_load=words_of(self.more.value))
+        self._form._changed()
+
+def _knobs_form(self: ChatPanel): # of the knobs; it is built when it is first looked at
+    if self._form is None: self._form = Form(self.config(), SHOWN); self.knobs.children = [self._form]
+    return self._form
+
+def _config(self: ChatPanel) -> ChatConfig:
+    "What the page asks for. Raises UserError for a value that is refused."
+    return replace(self._form.value if self._form else self.cfg, model=self.model.value, lora_load=words_of(self.more.value))
+
+ChatPanel.on_new_model, ChatPanel.rename, ChatPanel.config, ChatPanel.form = _new_model, _rename, _config, property(_knobs_form)
 
 # %% ../../nbs/65_chat_panel.ipynb #ea2df836
 def words_of(
@@ -147,11 +166,11 @@ def words_of(
 
 messages(chatp_quote=("Found {got!r} ({why}); expected folders with blanks between them. Close the quote.", "{got!r} 无效（{why}）；应为以空格分隔的目录。请补全引号。"))
 
-def _open(self: ChatPanel) -> None:
+def _begin(self: ChatPanel) -> None:
     "Load what the page names."
     def work():
         HEAR.set(self.hear)
-        cfg, others = self.form.value, words_of(self.beside.value)
+        cfg, others = self.config(), words_of(self.beside.value)
         self.free()
         return [c for i, path in enumerate([cfg.model, *others]) for c in columns_of(replace(cfg, model=path, lora_load=[] if i else cfg.lora_load))]
     def then(columns): self.columns, self.area.children = columns, columns
@@ -165,6 +184,7 @@ def columns_of(
     adapters = [None, *book(model).specs] if cfg.lora_load else [None]
     return [Column(Path(cfg.model).name, Chat(model, tokenizer, cfg), a) for a in adapters]
 
+# %% ../../nbs/65_chat_panel.ipynb #03343327
 def _free(self: ChatPanel) -> None:
     "Give the models up; widgets live longer than their page, so they let go of them."
     for c in self.columns: c.chat = None; c.close()
@@ -181,24 +201,24 @@ def _hear(self: ChatPanel,
     if text and text not in self.heard: self.heard.append(text)
     self.said.value = "".join(f"<div style='opacity:.75'>{escape(t)}</div>" for t in self.heard[-4:])
 
-ChatPanel.begin, ChatPanel.free, ChatPanel.hear = _open, _free, _hear
+ChatPanel.begin, ChatPanel.free, ChatPanel.hear = _begin, _free, _hear
 
 # %% ../../nbs/65_chat_panel.ipynb #881f1b0c
 def _ask(self: ChatPanel) -> None:
     "Send the message."
     text = self.text.value.strip()
-    if not text or self.post.disabled: return
+    if not text or self.go.disabled: return
     if not self.columns: return self.trouble.say(UserError("chatp_none"))
     self.text.value = ""
     self.halt.clear()
     self.stop.disabled, self.clear.disabled, self.load.disabled = False, True, True
-    self.thread = self.later(lambda: self._answer(text), button=self.post, what="chatp_answering")
+    self.thread = self.later(lambda: self._answer(text), button=self.go, what="chatp_answering")
 
 def _answer(self: ChatPanel, text):
     HEAR.set(self.hear)
     refused = []
     try:
-        cfg = self.form.value
+        cfg = self.config()
         for c in self.columns:
             if self.halt.is_set(): break
             try: c.settle(cfg); c.answer(text, self.halt)

@@ -84,6 +84,7 @@ def _control(k, value): # a widget
     if k.type is bool: return W.Checkbox(value=bool(value), indent=True, **kw)
     return W.Text(value=to_text(value), continuous_update=True, **kw)
 
+# %% ../../nbs/60a_forms.ipynb #abe75a92
 class Field:
     "One knob: a control, its unit, and under it the reason why its value is refused."
     def __init__(self,
@@ -139,16 +140,6 @@ class Form(W.VBox):
             folded = [f.box for f in members if f.knob.advanced]
             if folded: yield tell(W.Accordion([W.VBox(folded)], selected_index=None), lambda m: m.set_title(0, phrase("ui_advanced", n=len(m.children[0].children))))
 
-    def fill(self,
-        cfg # an instance of the same class
-    ) -> None:
-        "Show another config; the watchers are called once."
-        self._filling, self.start = True, cfg
-        try:
-            for f in self.fields.values(): f.write(_start(cfg, f.knob))
-        finally: self._filling = False
-        self._changed()
-
     def on_change(self,
         fn # called with the form after each change
     ) -> None:
@@ -185,13 +176,26 @@ def _changed(form: Form):
     form.code.show(cfg)
     for fn in form._watchers: fn(form)
 
+Form._changed = _changed
+
+# %% ../../nbs/60a_forms.ipynb #91bad985
+def _fill(self: Form,
+    cfg # an instance of the same class
+) -> None:
+    "Show another config; the watchers are called once."
+    self._filling, self.start = True, cfg
+    try:
+        for f in self.fields.values(): f.write(_start(cfg, f.knob))
+    finally: self._filling = False
+    self._changed()
+
 def _value(form: Form):
     "The config. Raises UserError with the first reason when a value is wrong."
     cfg, errors = _read(form)
     if errors: raise UserError("bad_config", problem=next(iter(errors.values())))
     return cfg
 
-Form._changed, Form.value = _changed, property(_value)
+Form.fill, Form.value = _fill, property(_value)
 
 # %% ../../nbs/60a_forms.ipynb #5432ded5
 def python_cell(
