@@ -46,6 +46,7 @@ COMMANDS = {
     "convert": Command("convert", "ModelLinkConvertConfig", "weights between Hugging Face, Megatron legacy and core, cut for any parallel sizes", "在 Hugging Face、Megatron legacy 与 core 之间转换权重，支持任意并行切分"),
     "generate": Command("generate", "GenerateConfig", "continue a text, streaming", "流式续写文本"),
     "chat": Command("chat", "ChatConfig", "talk with a model", "人机对话"),
+    "studio": Command("ui.app", "StudioConfig", "all of this by pointing, in a browser", "在浏览器中以点选方式完成以上全部操作"),
     "serve": Command("serve", "ServeConfig", "a model for every program that talks to OpenAI", "为所有兼容 OpenAI 接口的程序提供模型服务"),
     "evaluate": Command("evaluator", "EvalConfig", "score models on benchmarks; several are compared", "在基准数据集上评估模型；多个模型则比较", words="measuring:evaluate_words"),
     "compare": Command("comparing", "CompareConfig", "results of evaluate beside each other: is the difference chance?", "并列比较 evaluate 的结果：差异是否偶然", words="measuring:compare_words"),

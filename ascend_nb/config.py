@@ -16,7 +16,7 @@ from .guarding import GuardConfig
 from .measuring import CompareConfig, EvalConfig # noqa: F401
 from .planning import PlanConfig # noqa: F401
 from .profiling import PlotLogConfig, ProfileConfig, ProfilingConfig # noqa: F401
-from .serving import ServeConfig # noqa: F401
+from .serving import ServeConfig, StudioConfig # noqa: F401
 from .shapes import ModelConfig, ShapeConfig
 from .speaking import ChatConfig, GenerateConfig, SampleConfig # noqa: F401
 from .tuning import DATA_OF, TuneConfig

@@ -26,7 +26,7 @@ from .static import as_text
 
 # %% ../../nbs/63a_convert_panel.ipynb #f2926408
 messages(
-    panel_convert=("Convert", "权重转换"),
+    panel_convert=("Convert", "转换"),
     panel_convert_about=("See which tensors a checkpoint holds, turn it into another format or another cut, and read the proof that nothing was lost.", "查看检查点中的张量，转换到其他格式或其他并行切分，并查看无损转换的证明。"),
     convert_path=("checkpoint", "检查点路径"), convert_look=("Show its tensors", "查看张量"), convert_filter=("name holds", "名称包含"), convert_filter_hint=("e.g. layers.0 mlp", "例如 layers.0 mlp"),
     convert_name=("name", "名称"), convert_shape=("sizes", "形状"), convert_type=("type", "类型"), convert_size=("size", "大小"), convert_file=("file", "文件"), convert_match=("{shown} of {n:,} tensors, {size}", "显示 {n:,} 个张量中的 {shown} 个，{size}"),

@@ -21,7 +21,8 @@ messages(
 )
 COMMAND_OF = {"RunConfig": "train", "PreprocessConfig": "preprocess", "GenerateConfig": "generate", "ChatConfig": "chat", "EvalConfig": "evaluate",
               "FetchConfig": "fetch", "QuickstartConfig": "quickstart", "DoctorConfig": "doctor", "SniffConfig": "data sniff", "ShowConfig": "data show", "ReportConfig": "data report",
-              "ConvertConfig": "convert", "ModelLinkConvertConfig": "convert", "CompareConfig": "compare", "ProfileConfig": "profile", "PlotLogConfig": "plot-log"} # dataclass -> command
+              "ConvertConfig": "convert", "ModelLinkConvertConfig": "convert", "CompareConfig": "compare", "ProfileConfig": "profile", "PlotLogConfig": "plot-log",
+              "PlanConfig": "plan", "ServeConfig": "serve", "LaunchConfig": "jobs launch", "ImportScriptConfig": "import-script"} # dataclass -> command
 
 # %% ../../nbs/60a_forms.ipynb #4ed955fb
 def to_text(
