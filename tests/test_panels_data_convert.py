@@ -1,7 +1,5 @@
 """The pages for data and for conversion, driven as a person would: paths typed, buttons clicked, and what the page then says."""
 import json
-import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -15,31 +13,11 @@ from ascend_nb.ui.data_panel import DataPanel
 from ascend_nb.ui.paths import PathBox
 from ascend_nb.ui.static import as_text
 from conftest import ROOT
+from panel_hands import settle, shut, widgets
 from safetensors import safe_open
 from test_converters import BASE, go, make
 
 CHATS, TALES = ROOT / "data_samples/instruct.json", ROOT / "data_samples/tales.jsonl"
-
-
-def settle(page, seconds=60):
-    "Wait until the page does nothing any more."
-    def busy(): return page.bar.layout.display != "none" or any("(work)" in t.name for t in threading.enumerate())
-    end, quiet = time.monotonic() + seconds, 0
-    while quiet < 2:
-        assert time.monotonic() < end, "the page is still at work"
-        quiet = 0 if busy() else quiet + 1
-        time.sleep(.03)
-
-
-def widgets(w):
-    "How many widgets a page is made of."
-    return 1 + sum(map(widgets, getattr(w, "children", ())))
-
-
-def shut(w):
-    "A page that nobody looks at any more: it does not listen to the language."
-    for child in getattr(w, "children", ()): shut(child)
-    w.close()
 
 
 @pytest.fixture

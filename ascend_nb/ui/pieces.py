@@ -37,7 +37,7 @@ def figure_html(
     "A figure and its caption."
     out = BytesIO(); fig.savefig(out, format="png", dpi=90)
     data, words = b64encode(out.getvalue()).decode(), escape(words, quote=True)
-    return f"<figure style='margin:4px 0'><img alt='{words}' src='data:image/png;base64,{data}' style='max-width:100%'><figcaption>{words}</figcaption></figure>"
+    return f"<figure style='margin:4px 0'><img alt='{words}' src='data:image/png;base64,{data}' style='max-width:100%'><figcaption><div>{words}</div></figcaption></figure>"
 
 def frame_html(
     t, # a DataFrame
