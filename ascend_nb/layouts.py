@@ -104,7 +104,7 @@ def stack(
     layouts: list # of Layout
 ) -> Layout: # of arrays; seq and bytes stay numbers
     "Many layouts as one."
-    same = {"seq", "bytes", "flash", "grouped", "gathered", "overlap"}
+    same = {"seq", "bytes", "flash", "grouped", "gathered", "overlap", "keeps"}
     return Layout(**{f.name: getattr(layouts[0], f.name) if f.name in same else np.array([getattr(x, f.name) for x in layouts]) for f in fields(Layout)})
 
 # %% ../nbs/55e_layouts.ipynb #f8f08174

@@ -17,7 +17,7 @@ from .agree import agreement, farthest
 from .config import DataConfig, ModelConfig, PlanConfig, RunConfig, TrainConfig
 from .core import UserError, atomic_file, messages, phrase
 from .costs import Layout, count, memory
-from .dry_run import dry_run
+from .dry_run import dry_run, there
 from .families import config_from_hf, read_config
 from .goodput import best_interval, daly, goodput
 from .hardware import Device, find_device
@@ -247,6 +247,7 @@ def play(
     json: bool = False # write nothing to stdout
 ) -> dict: # of the dry run, and "agreement"; the plan, where no layout fits
     "Raises UserError for a rank that is not there and for a run that does not go with so many devices."
+    there(cfg.dry_run, cfg.devices)
     if cfg.run: shape, run = shape_of_plan(cfg.run), load_yaml(RunConfig, cfg.run)
     else:
         p = plan(cfg)
@@ -269,9 +270,9 @@ def run(
     "Plan, play, or compare with published runs."
     if cfg.dry_run is not None: return play(cfg, json)
     if cfg.validate:
-        out = validate(cfg.validate, find_device(cfg.device, cfg.device_file))
+        out = validate(cfg.validate, find_device(cfg.device, cfg.device_file), cfg.device_file)
         if not json: _show_errors(out)
-        return out
+        return out | dict(exit_code=0 if out["rows"] else 2)
     p = plan(cfg)
     if p.best and cfg.out:
         write_run(p, cfg.out, cfg.dtype)
@@ -281,5 +282,10 @@ def run(
     return p.to_dict() | dict(yaml=cfg.out if p.best and cfg.out else None)
 
 def _show_errors(out):
-    for b in out["by_row"]: print(f"{b['model']:>18} {b['size']:>9} {b['seq_length']:7} published {b['published']:9.0f} predicted {b['predicted']:9.0f} error {b['error']:6.1%} {b['flag']}")
+    for b in out["by_row"]:
+        far = b.get("why") or f"published {b['published']:9.0f} predicted {b['predicted']:9.0f} error {b['error']:6.1%} {b['flag']}"
+        print(f"{b['model']:>18} {b['size']:>9} {b['seq_length']:>7} {far}")
+    if out["left_out"]: print(phrase("plan_left_out", n=out["left_out"], unpredicted=out["unpredicted"]))
     if out["rows"]: print(f"{out['rows']} rows: median error {out['median_error']:.1%}, 90th percentile {out['p90_error']:.1%}")
+
+messages(plan_left_out=("{n} rows are not counted, {unpredicted} of them because they cannot be predicted", "{n} 行未计入，其中 {unpredicted} 行无法预测"))

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['TILE', 'RATES', 'OVERLAP', 'WAIT', 'product_flops', 'collective', 'exchange', 'around', 'layer_seconds',
-           'head_seconds', 'causes', 'grouped', 'waiting', 'step_time']
+           'head_seconds', 'gathered', 'causes', 'grouped', 'waiting', 'step_time']
 
 # %% ../nbs/55b_step_time.ipynb #7f762465
 import numpy as np
-from .costs import Counts, Layout, attention_products, count, held, mlp_products
+from .costs import GATHERED, Counts, Layout, attention_products, count, held, mlp_products
 from .flops import flops_per_token, pairs
 from .hardware import Device
 from .shapes import ModelConfig
@@ -141,11 +141,18 @@ def head_seconds(
     return dict(matmul=_busy([(1, x.tokens, c.vocab_size / np.asarray(x.tp), c.hidden_size)], d.cores, 0) / d.bf16_tflops / 1e12, loss=4 * logits * bent / d.memory_tb_s / 1e12)
 
 # %% ../nbs/55b_step_time.ipynb #e7ea298f
+def gathered(
+    x: Layout # how it is spread
+): # times that a device gathers its weights in a step
+    "Once, unless it has more short stages than torch's schedule keeps: then each round of the pipeline brings most of them again."
+    vpp, rounds = np.asarray(x.vpp), np.maximum(1, np.asarray(x.batches) // np.asarray(x.pp))
+    return np.where((vpp > GATHERED) & ~np.asarray(x.keeps), (2 * (vpp - GATHERED) * rounds + np.where(rounds > 1, 6, 3)) / vpp, 1)
+
 def _ending(c, n, x, d): # gradients and weights of data parallel devices; the update
     P, E = held(c, n, x, 0)
     dp, tp = np.asarray(x.dp) * x.cp, np.asarray(x.tp)
     each = np.where(np.asarray(x.zero) >= 2, x.batches, 1) # sums of gradients at every micro-batch
-    weights = np.where(np.asarray(x.zero) == 3, 4 * np.asarray(x.batches), 2)
+    weights = np.where(np.asarray(x.zero) == 3, 4 * np.asarray(x.batches), 2 * gathered(x))
     volume = 4 * each + weights
     share = np.where(np.asarray(x.zero) == 0, 1, dp)
     update = 24 * (P / share + E / np.maximum(share / x.ep, 1)) / d.memory_tb_s / 1e12

@@ -1,6 +1,8 @@
 """One process of a small run that is really computed: its allocator's highest mark, told by torch's profiler."""
+import ctypes
 import json
 import sys
+from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -13,6 +15,8 @@ from ascend_nb.mesh import Mesh, check, join, leave
 from ascend_nb.parallel_trainer import ParallelTrainer
 
 torch.set_num_threads(1)
+counted = ctypes.c_bool.in_dll(ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so")), "FLAGS_caffe2_report_cpu_memory_usage")
+counted.value = True # else what a thread of gloo gives back, which no profiler watches, would count as held for ever
 r, spec = join(), json.loads(sys.argv[1])
 c, p, seq = ModelConfig(**spec["shape"]), ParallelConfig(**spec["parallel"]), spec["seq"]
 mesh = Mesh(check(p, r.world_size, model=c, seq_length=seq), "cpu", {"ulysses_cp_algo": 0, "megatron_cp_algo": 1}[p.context_parallel_algo])

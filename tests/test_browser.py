@@ -2,7 +2,6 @@
 import os
 import shutil
 import time
-from pathlib import Path
 
 import pytest
 from browsing import browser, chromium, field, fill, lab, open_lab, press, run_all, says, sessions, shot, tab, voila

@@ -13,16 +13,11 @@ from ascend_nb.ui.data_panel import DataPanel
 from ascend_nb.ui.paths import PathBox
 from ascend_nb.ui.static import as_text
 from conftest import ROOT
-from panel_hands import settle, shut, widgets
+from pointing import settle, shut, widgets
 from safetensors import safe_open
 from test_converters import BASE, go, make
 
 CHATS, TALES = ROOT / "data_samples/instruct.json", ROOT / "data_samples/tales.jsonl"
-
-
-@pytest.fixture
-def chinese():
-    switch("zh"); yield; switch("en")
 
 
 @pytest.fixture
@@ -95,7 +90,7 @@ def test_preprocessing_goes_on_without_the_page_and_is_found_again(page, tmp_pat
     other.see.click(); settle(other)
     reader = IndexedReader(tmp_path / "chats_packed_input_ids_document")
     assert len(reader) == other.pager.n == 103 and f"103 sequences, {len(reader.tokens):,} tokens" in as_text(other.told)
-    assert other.row[0] is None and "sample 0 of 103" in as_text(other.sample)
+    assert other.row[0] is None and "sample 1 of 103" in as_text(other.sample)
 
 
 def test_bad_rows_have_their_reason(page, tmp_path):

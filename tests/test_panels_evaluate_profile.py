@@ -17,7 +17,7 @@ from ascend_nb.ui.evaluate_panel import EvaluatePanel, Growing, question_html, s
 from ascend_nb.ui.profile_panel import ProfilePanel
 from ascend_nb.ui.static import as_text
 from conftest import ROOT
-from panel_hands import settle, shut, widgets
+from pointing import settle, shut, widgets
 
 RECORDING = ROOT / "data_samples/npu_profile"
 
@@ -141,11 +141,14 @@ def test_results_are_compared_with_their_significance(page, tmp_path):
     from scipy.stats import binomtest
     a, b = [i % 4 == 0 for i in range(40)], [i % 4 == 0 or i % 5 == 0 for i in range(40)]
     paths = [write_result(tmp_path / n, x) for n, x in (("base", a), ("tuned", b))]
+    page.more.selected_index = 0
     page.results.value = "\n".join(map(str, paths))
     page.go.click(); settle(page)
     only = sum(y and not x for x, y in zip(a, b, strict=True))
     text = as_text(page.comparison)
-    assert f"{only} : 0" in text and f"{binomtest(only, only).pvalue:.4f}" in text and "+0.1500" in text and "data:image/png" in page.comparison.value
+    p = page.compared["tasks"]["quiz"]["rows"][1]["p"]
+    assert p == pytest.approx(binomtest(only, only).pvalue)
+    assert f"{only} : 0" in text and f"{p:.4f}" in text and "+0.1500" in text and "data:image/png" in page.comparison.value
     page.results.value = str(paths[0])
     page.go.click(); settle(page)
     assert "at least two" in as_text(page.trouble)
@@ -172,9 +175,10 @@ def test_findings_have_their_evidence(profile):
     assert f"{share:.1%} {share:.0%} of the step" in text and "4 of 4 rows" in text and "What was not recorded" in text
 
 
-def test_every_plot_is_drawn_when_it_is_chosen(profile):
+@pytest.mark.parametrize("names", [["waits", "bubble", "memory"], pytest.param(list(PLOTS), marks=pytest.mark.slow)], ids=["some", "all"])
+def test_a_plot_is_drawn_when_it_is_chosen(profile, names):
     profile.read.click(); settle(profile)
-    for name in PLOTS:
+    for name in names:
         profile.which.value = name; settle(profile)
         assert profile.trouble.error is None and ("<table" in profile.picture.value or "nothing of it" in profile.picture.value), name
     profile.which.value = "steps"; settle(profile)
@@ -186,13 +190,18 @@ def test_every_plot_is_drawn_when_it_is_chosen(profile):
     finally: switch("en"); settle(profile)
 
 
-def test_two_recordings_and_a_report(profile, tmp_path):
+def test_two_recordings(profile):
     profile.read.click(); settle(profile)
     profile.more.selected_index = 1
     assert "name a second recording" in as_text(profile.change)
     profile.path.value, profile.before.value = str(RECORDING / "rank1_ascend_pt"), str(RECORDING / "rank0_ascend_pt")
     profile.read.click(); settle(profile)
     assert "a step takes 2.58 ms" in as_text(profile.change) and "MatMulV3" in as_text(profile.change) and "<img" in profile.change.value
+
+
+@pytest.mark.slow
+def test_a_report_is_written(profile, tmp_path):
+    profile.before.value = str(RECORDING / "rank0_ascend_pt")
     profile.more.selected_index = 2
     profile.out.value = str(tmp_path / "report")
     profile.export.click(); settle(profile)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from ascend_nb.agree import fetches
 from ascend_nb.cli import main
 from ascend_nb.config import MemoryConfig, RunConfig, TrainConfig
 from ascend_nb.costs import Layout, count, held, in_flight, layer_kept, states
@@ -21,7 +22,7 @@ from ascend_nb.parallel import CUTS
 from ascend_nb.published import cross_validate, fit_rates, predict, read_runs, run_layout, run_model, summary
 from ascend_nb.schema import load_yaml
 from ascend_nb.shapes import ModelConfig
-from ascend_nb.step_time import RATES, step_time
+from ascend_nb.step_time import RATES, gathered, step_time
 from ascend_nb.trainer import Weights
 
 MODELS = ["llama2_70b", "gemma2_9b", "Qwen--Qwen3-30B-A3B", "mistralai--Mixtral-8x7B-v0.1", "deepseek-ai--DeepSeek-V3", "deepseek_v2_lite", "qwen2moe", "phi-3_5", "qwen2.5_3b"]
@@ -194,6 +195,13 @@ def plan(capsys, *args):
     return code, json.loads(out) if out.strip() else None, err
 
 
+def test_many_short_stages_gather_their_weights_again():
+    "What the time of a step counts is what torch's schedule does, on average over the short stages."
+    for pp, vpp, batches in ((4, 2, 32), (4, 3, 32), (4, 4, 4), (4, 4, 8), (4, 5, 32), (16, 5, 64), (4, 8, 64)):
+        each = [sum(fetches(pp, vpp, batches, s)) / vpp for s in range(pp)]
+        assert float(gathered(Layout(pp=pp, vpp=vpp, batches=batches))) == pytest.approx(np.mean(each), rel=.01)
+
+
 def test_plan_writes_what_train_takes(capsys, tmp_path, config):
     out = tmp_path / "run.yaml"
     code, got, _ = plan(capsys, "--model", config, "--devices", 64, "--seq", 4096, "--global-batch", 512, "--out", out)
@@ -277,7 +285,7 @@ def test_validate_takes_any_file_and_fits_nothing(capsys, tmp_path, runs):
         w = csv.DictWriter(f, list(rows[0])); w.writeheader()
         w.writerows({**r, "tok_p_s_per_npu": float(r["tok_p_s_per_npu"]) / 2, "mfu_flag": "impossible" if i == 0 else ""} for i, r in enumerate(rows))
     code, whole, _ = plan(capsys, "--validate", runs)
-    assert code == 0 and set(whole) >= {"rows", "median_error", "p90_error", "by_row"} and whole["rows"] == len(rows) == len(whole["by_row"])
+    assert code == 0 and set(whole) >= {"rows", "median_error", "p90_error", "by_row"} and whole["rows"] == len(rows) == len(whole["by_row"]) and not whole["unpredicted"]
     code, got, _ = plan(capsys, "--validate", halved)
     assert got["rows"] == len(rows) - 1 and got["left_out"] == 1
     assert [b["predicted"] for b in got["by_row"]] == [b["predicted"] for b in whole["by_row"]], "predictions do not look at what was published"
@@ -286,6 +294,34 @@ def test_validate_takes_any_file_and_fits_nothing(capsys, tmp_path, runs):
         short.write_text("\n".join(",".join(v for k, v in zip(rows[0], line, strict=True) if k != cut) for line in [list(rows[0])]) + "\n1\n")
         code, _, err = plan(capsys, "--validate", short)
         assert code == 2 and f"columns: {cut}" in err
+
+
+SPELLED = dict(seq_length="4K", hidden_size="4,096", ffn_hidden_size=" 11008 ", padded_vocab_size="32000.0", world_size="8", swiglu="True", gated_mlp="yes", tok_p_s_per_npu="2884 tok/s", normalization="rmsnorm", mfu_flag=None)
+STRANGE = {  # cells -> part of what is said of their row; none: it is predicted
+    "as it is": ({}, None), "as people write": (SPELLED, None), "columns of its own": (dict(colour="red"), None), "a100": (dict(device="a100"), None), "A3": (dict(device="atlas-a3"), None), "another family": (dict(model="Yi", size=""), None),
+    "device": (dict(device="tpu-v5"), "To add one"), "no size": (dict(hidden_size=""), "hidden_size=''"), "not published": (dict(tok_p_s_per_npu=""), "tok_p_s_per_npu=''"), "unit": (dict(tok_p_s_per_npu="3 tok/min"), "tok/min"), "zero": (dict(tok_p_s_per_npu="0"), "above 0"),
+    "words": (dict(tp="eight"), "'eight'"), "negative": (dict(num_layers="-32"), "'-32'"), "endless": (dict(num_layers="1e8"), "at most"), "half": (dict(tp="2.5"), "whole number"), "nan": (dict(world_size="nan"), "'nan'"),
+    "too few": (dict(pp="16"), "8 devices"), "too small a batch": (dict(global_batch_size="1", world_size="64"), "micro-batch"), "a flag": (dict(mla="七"), "'七'"), "no such heads": (dict(num_query_groups="5"), "num_key_value_heads"),
+}
+
+
+def test_rows_that_cannot_be_predicted_are_named_and_counted(capsys, tmp_path, runs):
+    "A table of strangers: each row is predicted or says why not, and the rest is as before."
+    llama = next(r for r in read_runs(runs) if (r["model"], r["size"]) == ("LLaMA2", "7B"))
+    strange = tmp_path / "strange.csv"
+    with open(strange, "w", newline="", encoding="utf-8-sig") as f:
+        w = csv.DictWriter(f, [*llama, "device", "colour"], restval=""); w.writeheader()
+        w.writerows({**llama, **cells} for cells, _ in STRANGE.values())
+    code, got, err = plan(capsys, "--validate", strange)
+    bad = sum(said is not None for _, said in STRANGE.values())
+    assert code == 0 and not err and got["rows"] == len(STRANGE) - bad == len(STRANGE) - got["left_out"] and len(got["by_row"]) == len(STRANGE)
+    for (name, (_, said)), b in zip(STRANGE.items(), got["by_row"]): assert (b["error"] is None and said in b["why"]) if said else (b["error"] is not None and "why" not in b), (name, b)
+    assert got["by_row"][0]["predicted"] == got["by_row"][1]["predicted"] != got["by_row"][3]["predicted"] and got["by_row"][1]["published"] == 2884
+    assert got["unpredicted"] == bad - 3, "what is predicted and has no figure of its own is told too"
+    assert main(["plan", "--validate", str(strange)]) == 0 and f"{bad} rows are not counted" in capsys.readouterr().out
+    with open(strange, "w", newline="") as f: w = csv.DictWriter(f, list(llama)); w.writeheader(); w.writerow({**llama, "tp": ""})
+    code, got, _ = plan(capsys, "--validate", strange)
+    assert code == 2 and got["rows"] == 0 and got["median_error"] is None
 
 
 @pytest.mark.parametrize("save, between, restart", [(60., 12000., 600.), (5., 1800., 60.), (300., 3600., 900.)])

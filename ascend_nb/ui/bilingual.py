@@ -45,7 +45,7 @@ def switch(
     "Change the language of this process, and of everything on its pages. Raises UserError for another one."
     os.environ["ASCEND_NB_LANG"] = one_of("language", language, ("en", "zh"))
     for owner, writes in [*_TOLD.items()]:
-        if getattr(owner, "comm", owner) is None: del _TOLD[owner]; continue # closed
+        if getattr(owner, "comm", owner) is None: _TOLD.pop(owner, None); continue # closed
         for write in writes: write(owner)
 
 # %% ../../nbs/60_bilingual.ipynb #d0fadb1e
@@ -53,5 +53,5 @@ class LanguageSwitch(W.ToggleButtons):
     "English | 中文, for the whole page."
     def __init__(self):
         super().__init__(options=[("English", "en"), ("中文", "zh")], value=lang(), tooltips=["English", "中文"], style=dict(button_width="90px"))
-        self.observe(lambda change: switch(change.new), "value")
+        self.observe(lambda change: switch(change.new) if change.new != lang() else None, "value")
         tell(self, lambda s: setattr(s, "value", lang())) # two switches on two pages agree

@@ -124,7 +124,7 @@ messages(
     eval_tasks=("tasks", "评测任务"), eval_own=("own task (YAML)", "自定义任务（YAML）"), eval_every=("all settings", "全部设置"), eval_start=("Start evaluating", "开始评测"), eval_compare=("Compare results", "比较结果"), eval_browse=("Questions and answers", "查看问答"),
     eval_lack=("Found no {what}; expected at least one. Fill it in above.", "没有{what}。请在上方填写。"),
 )
-SHORT = ["protocol", "limit", "num_fewshot", "output"] # knobs that are open at the start
+SHORT = ["protocol", "limit", "output"] # knobs that are open at the start
 _OURS = ("model", "data_path", "task") # with controls of their own
 
 class EvaluatePanel(Panel):
@@ -134,7 +134,7 @@ class EvaluatePanel(Panel):
         cfg: EvalConfig | None = None, # values at the start
         under=ERRANDS # where errands lie
     ):
-        self.growing, self.compared, self.samples, self.hits = {}, None, [], []
+        self.growing, self.compared, self.samples, self.hits, self.named, self.which = {}, None, [], [], "", None
         start, wide = cfg or EvalConfig(model=[], data_path=[], output="evaluation/result.json"), dict(description_width="130px")
         self.model, self.add = PathBox("", "eval_model_path", "folder"), label(W.Button(icon="plus", layout=W.Layout(width="auto")), description="eval_add")
         self.models = label(W.Textarea("\n".join(start.model), rows=2, style=wide, layout=W.Layout(width="auto", max_width="820px")), description="eval_models_box", placeholder="eval_models_hint")
@@ -142,15 +142,13 @@ class EvaluatePanel(Panel):
         self.tasks = {t: W.Checkbox(t in start.task, description=t, indent=False, layout=W.Layout(width="170px")) for t in TASKS}
         self.own = label(W.Text(" ".join(t for t in start.task if t not in TASKS), style=wide, layout=W.Layout(max_width="820px")), description="eval_own")
         self.every, self.start = label(W.ToggleButton(layout=W.Layout(width="auto")), description="eval_every"), label(W.Button(button_style="primary", icon="play", layout=W.Layout(width="auto")), description="eval_start")
-        self.formed = W.VBox()
         self.form = Form(start, SHORT)
         self.table = Told(self._table)
-        self.more = titles(W.Accordion([self._comparer(), self._browser()], selected_index=None), "eval_compare", "eval_browse")
-        self.job = LiveErrand(self)
-        super().__init__([self.model, self.add, self.models, self.data, W.HBox([tell(W.HTML(), lambda w: setattr(w, "value", f"<b>{escape(phrase('eval_tasks'))}</b>")), *self.tasks.values()], layout=W.Layout(flex_flow="row wrap")),
-                          self.own, self.formed, W.HBox([self.every, self.start]), self.job, self.table, self.more])
+        self.more = titles(W.Accordion([W.VBox(), W.VBox()], selected_index=None), "eval_compare", "eval_browse")
+        self.job = LiveErrand(self, under)
+        super().__init__([self.model, self.models, self.data, W.HBox([tell(W.HTML(), lambda w: setattr(w, "value", f"<b>{escape(phrase('eval_tasks'))}</b>")), *self.tasks.values()], layout=W.Layout(flex_flow="row wrap")),
+                          self.own, self.form, W.HBox([self.add, self.every, self.start]), self.job, self.table, self.more])
         self._wire()
-        self.job.under = under; self.job.refresh(); self.job.restart()
         self._form(SHORT)
 
     def chosen(self) -> dict: # model, data_path and task, as they stand in the controls
@@ -168,10 +166,11 @@ class EvaluatePanel(Panel):
 class LiveErrand(ErrandView):
     "The newest evaluation, and its scores on the page."
     def __init__(self,
-        page # whose table is told
+        page, # whose table is told
+        under # where errands lie
     ):
         self.page = page
-        super().__init__("evaluate", page._made, under=Path(".none")) # the page says where, when it is whole
+        super().__init__("evaluate", page._made, under)
 
     def look(self):
         over = ErrandView.look(self)
@@ -182,16 +181,22 @@ class LiveErrand(ErrandView):
 def _wire(self: EvaluatePanel):
     for w in (self.models, self.own, *self.tasks.values()): w.observe(lambda _: self._again(), "value")
     for b in (self.model, self.data): b.on_change(lambda _: self._again())
-    self.more.observe(lambda change: self.browse() if change.new == 1 else None, "selected_index")
+    self.more.observe(lambda change: self._open(change.new), "selected_index")
     self.every.observe(lambda change: self._form([k.name for k in knobs(EvalConfig) if k.name not in _OURS] if change.new else SHORT), "value")
     self.add.on_click(lambda _: setattr(self.models, "value", "\n".join(x for x in (self.models.value.strip(), self.model.value) if x)))
     self.start.on_click(lambda b: self.evaluate())
 
+def _open(self: EvaluatePanel, at):
+    "A section is built when it is first opened."
+    if at is None: return
+    if not self.more.children[at].children: self.more.children[at].children = (self._comparer, self._browser)[at]()
+    if at == 1: self.browse()
+
 def _form(self: EvaluatePanel, names):
     "The form with these knobs; what was filled in stays."
-    self.form = Form(self.form.value if not self.form.errors else self.form.start, names)
+    old, self.form = self.form, Form(self.form.value if not self.form.errors else self.form.start, names)
     self.form.on_change(lambda f: setattr(self.start, "disabled", bool(f.errors)))
-    self.formed.children = [self.form]
+    self.children = [self.form if w is old else w for w in self.children]
     self._again()
 
 def _again(self: EvaluatePanel):
@@ -207,7 +212,7 @@ def _evaluate(self: EvaluatePanel): # the thread
         self.job.start(self.form.value)
     return self.later(begin, button=self.start)
 
-EvaluatePanel._wire, EvaluatePanel._form, EvaluatePanel._again, EvaluatePanel.evaluate = _wire, _form, _again, _evaluate
+EvaluatePanel._wire, EvaluatePanel._open, EvaluatePanel._form, EvaluatePanel._again, EvaluatePanel.evaluate = _wire, _open, _form, _again, _evaluate
 
 # %% ../../nbs/65a_evaluate_panel.ipynb #f0108000
 def _scores(self: EvaluatePanel, e: Kept):
@@ -216,8 +221,7 @@ def _scores(self: EvaluatePanel, e: Kept):
         try: cfg = load_yaml(EvalConfig, e.folder / "config.yaml"); files = sample_files(cfg)
         except UserError: files = {}
         self.growing = dict(errand=e.folder, files={k: Growing(p, (e.folder / JOB).stat().st_mtime) for k, p in files.items()})
-        self.which.options = [(f"{Path(m).name}: {t}", p) for (m, t), p in files.items()]
-        self.which.index = 0 if files else None
+        self._choices()
     for g in self.growing["files"].values():
         try: g.read()
         except FileNotFoundError: pass # it got its final name a moment ago
@@ -231,17 +235,19 @@ def _table(self: EvaluatePanel):
 def _made(self: EvaluatePanel, e):
     "Several models were evaluated: their comparison."
     found, cfg = e.result() or {}, load_yaml(EvalConfig, e.folder / "config.yaml")
-    if cfg.output: self.results.value = "\n".join(str(p) for p in ([Path(cfg.output)] if len(cfg.model) < 2 else [Path(cfg.output).parent / f"{n}_{Path(m).name}" / Path(cfg.output).name for n, m in enumerate(cfg.model, 1)]))
-    if "models" in found: self.compared = found; self.comparison.again(); self.more.selected_index = 0
+    if cfg.output: self.named = "\n".join(str(p) for p in ([Path(cfg.output)] if len(cfg.model) < 2 else [Path(cfg.output).parent / f"{n}_{Path(m).name}" / Path(cfg.output).name for n, m in enumerate(cfg.model, 1)]))
+    if "models" in found: self.compared = found
+    if len(self.more.children[0].children): self.results.value = self.named; self.comparison.again()
+    elif self.compared: self.more.selected_index = 0
 
 EvaluatePanel._scores, EvaluatePanel._table, EvaluatePanel._made = _scores, _table, _made
 
 # %% ../../nbs/65a_evaluate_panel.ipynb #e1db1ab1
 def _comparer(self: EvaluatePanel):
-    self.results = label(W.Textarea(rows=3, style=dict(description_width="130px"), layout=W.Layout(width="auto", max_width="820px")), description="cmp_results", placeholder="cmp_hint")
+    self.results = label(W.Textarea(self.named, rows=3, style=dict(description_width="130px"), layout=W.Layout(width="auto", max_width="820px")), description="cmp_results", placeholder="cmp_hint")
     self.go, self.comparison, self.code = label(W.Button(icon="balance-scale"), description="cmp_go"), Told(lambda: compare_html(self.compared) if self.compared else ""), CodeView()
     self.go.on_click(lambda _: self.compare())
-    return W.VBox([self.results, self.go, self.comparison, self.code])
+    return [self.results, W.HBox([self.go]), self.comparison, self.code]
 
 def _compare(self: EvaluatePanel): # the thread
     "Compare the results that are named."
@@ -257,11 +263,17 @@ def _browser(self: EvaluatePanel):
     self.question, self.pager = Told(lambda: question_html(self.hits[self.pager.index]) if self.hits else ""), Pager(lambda i: self.question.again())
     self.which.observe(lambda _: self.browse() if self.more.selected_index == 1 else None, "value"); self.reread.on_click(lambda _: self.browse())
     for w in (self.only, self.holds): w.observe(lambda _: self._filter(), "value")
-    return W.VBox([W.HBox([self.which, self.reread]), W.HBox([self.only, self.holds], layout=W.Layout(flex_flow="row wrap")), self.pager, self.question])
+    self._choices()
+    return [W.HBox([self.which, self.reread]), W.HBox([self.only, self.holds], layout=W.Layout(flex_flow="row wrap")), self.pager, self.question]
+
+def _choices(self: EvaluatePanel):
+    if self.which is None: return
+    self.which.options = [(f"{Path(m).name}: {t}", g.path) for (m, t), g in self.growing.get("files", {}).items()]
+    self.which.index = 0 if self.which.options else None
 
 def _browse(self: EvaluatePanel): # the thread, or None
     "Read the answers that are chosen."
-    path = self.which.value
+    path = self.which.value if self.which is not None else None
     def show(rows): self.samples = rows; self._filter()
     return self.later(lambda: read_samples(path), show, self.reread) if path else None
 
@@ -269,4 +281,4 @@ def _filter(self: EvaluatePanel):
     self.hits = [s for s in self.samples if not (self.only.value and s.get("correct")) and self.holds.value in s["prompt"]]
     self.question.again(); self.pager.set(len(self.hits))
 
-EvaluatePanel._comparer, EvaluatePanel.compare, EvaluatePanel._browser, EvaluatePanel.browse, EvaluatePanel._filter = _comparer, _compare, _browser, _browse, _filter
+EvaluatePanel._comparer, EvaluatePanel.compare, EvaluatePanel._browser, EvaluatePanel._choices, EvaluatePanel.browse, EvaluatePanel._filter = _comparer, _compare, _browser, _choices, _browse, _filter

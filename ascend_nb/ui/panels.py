@@ -174,7 +174,7 @@ class KeptView(Watcher):
 def _look(self: KeptView) -> bool: # over?
     "Read the folder."
     k = self.kept
-    if k is None: return True
+    if k is None or k.spec is None: return True # none, or its folder was removed
     state, bar = k.state, k.progress()
     self.line.value = f"<b>{escape(phrase('ui_state', command=getattr(k, 'command', k.folder.parent.name), state=phrase('job_' + state)))}</b> <code>{escape(str(k.folder))}</code>"
     if bar and state in LIVE: self.bar.show(*bar)

@@ -104,8 +104,8 @@ class ProfilePanel(Panel):
         tell(self.which, self._rename)
         self.change = Told(lambda: self.drawn.get("change") or (escape(phrase("prof_no_base")) if self.base is None else ""))
         self.out, self.export, self.wrote = label(W.Text(cfg.out or "profile_report", style=wide), description="prof_out"), label(W.Button(icon="download", layout=W.Layout(width="auto")), description="prof_export"), Told(lambda: escape(phrase("prof_wrote", **self.drawn["wrote"])) if "wrote" in self.drawn else "")
-        self.more = titles(W.Accordion([W.VBox([self.which, self.picture]), self.change, W.VBox([self.out, self.export, self.wrote]), self._logs()], selected_index=None), "prof_plots", "prof_changes", "prof_report", "prof_logs")
-        super().__init__([self.path, self.before, self.device, self.read, self.told, self.code, self.more])
+        self.more = titles(W.Accordion([W.VBox([self.which, self.picture]), self.change, W.VBox([self.out, W.HBox([self.export]), self.wrote]), self._logs()], selected_index=None), "prof_plots", "prof_changes", "prof_report", "prof_logs")
+        super().__init__([self.path, self.before, self.device, W.HBox([self.read]), self.told, self.code, self.more])
         self.read.on_click(lambda _: self.inspect()); self.export.on_click(lambda _: self.report())
         for w, name in ((self.which, "value"), (self.more, "selected_index")): w.observe(lambda _: self.draw(), name)
 
@@ -125,7 +125,7 @@ class ProfilePanel(Panel):
         self.old, self.go = PathBox("", "logs_base"), label(W.Button(icon="line-chart", layout=W.Layout(width="auto")), description="logs_go")
         self.curves, self.logs_code = Told(lambda: self.drawn.get("logs", "")), CodeView()
         self.go.on_click(lambda _: self.overlay())
-        return W.VBox([self.files, self.old, self.go, self.curves, self.logs_code])
+        return W.VBox([self.files, self.old, W.HBox([self.go]), self.curves, self.logs_code])
 
 # %% ../../nbs/66_profile_panel.ipynb #747bf3ba
 def _inspect(self: ProfilePanel): # the thread

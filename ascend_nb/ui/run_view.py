@@ -136,6 +136,10 @@ class Watcher(W.VBox):
         "End the watching; what is watched goes on."
         self._end.set()
 
+    def close(self) -> None:
+        "Nobody looks any more."
+        self.stop(); super().close()
+
 # %% ../../nbs/61_run_view.ipynb #c5003a30
 class RunView(Watcher):
     "A live view of a run folder. `.refresh()` reads now, `.stop()` ends the watching, `.figure` is the picture for a saved notebook."

@@ -1,4 +1,4 @@
-"""What tests of pages need: waiting until a page is at rest, closing it, counting its widgets."""
+"""What tests of pages need: to wait for a page, to count it, to put it away."""
 import threading
 import time
 
@@ -13,13 +13,12 @@ def settle(page, seconds=60):
         time.sleep(.03)
 
 
-def shut(w):
-    "A page that nobody looks at any more: it does not listen to the language."
-    if hasattr(w, "stop") and hasattr(w, "every_s"): w.stop()
-    for child in getattr(w, "children", ()): shut(child)
-    w.close()
-
-
 def widgets(w):
     "How many widgets a page is made of."
     return 1 + sum(map(widgets, getattr(w, "children", ())))
+
+
+def shut(w):
+    "A page that nobody looks at any more: it does not listen to the language."
+    for child in getattr(w, "children", ()): shut(child)
+    w.close()
