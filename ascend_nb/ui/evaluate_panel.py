@@ -65,6 +65,7 @@ class Growing:
         if path: self.tail.rows = []
         return self.scores
 
+# %% ../../nbs/65a_evaluate_panel.ipynb #b0aa5451
 def score_rows(
     found: dict # (model, task) -> {subject: scores}
 ) -> list: # of dict
