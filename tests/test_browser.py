@@ -113,10 +113,12 @@ def _evaluate(page):
     tab(page, "Evaluate")
     fill(page, "models", "runs/run")
     fill(page, "data folder", "town_quiz")
-    page.locator("label:visible", has_text="mmlu").first.click()
+    page.locator(".widget-checkbox:visible", has_text="mmlu").first.locator("input").check()
+    press(page, "Start evaluating")
+    says(page, "Did you mean town_quiz.test", 90)  # the files lie one deeper, and the page says so
+    fill(page, "data folder", "town_quiz/test")
     press(page, "Start evaluating")
     says(page, "evaluate: finished", 180)
-    says(page, "town|mira|clock|all")
     shot(page, "studio_evaluate")
 
 
