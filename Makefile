@@ -8,7 +8,7 @@ NAME   ?= $(word 2,$(MAKECMDGOALS))
 FLAGS  ?=
 SRC    := settings.ini setup.py constraints.txt
 
-.PHONY: quickstart setup dev test test-slow test-npu-schema test-ui npu-smoke bench sync readme nb-new nb-open nb-close nb-run clean
+.PHONY: quickstart setup dev test test-slow test-npu-schema test-ui npu-smoke bench docs docs-serve studio package sync readme nb-new nb-open nb-close nb-run clean
 
 quickstart: $(VENV)/.base  ## the whole life of a model on data_samples/, under five minutes
 	$(BIN)/ascend_nb quickstart --out quickstart_run
@@ -26,8 +26,16 @@ $(VENV)/.dev: $(VENV)/.base
 	$(BIN)/python .ci/nb.py aliases
 	touch $@
 
+$(VENV)/.ui: $(VENV)/.base
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[ui]"
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.dev
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[docs]"
+	touch $@
+
 test: dev  ## notebooks, tests, sync check and lint
-	$(BIN)/ruff check -q nbs tests bench .ci setup.py
+	$(BIN)/ruff check -q nbs tests bench docs .ci setup.py
 	$(BIN)/python .ci/nb.py sync
 	$(BIN)/nbdev-test --n-workers 2 --cell-timeout 600
 	$(BIN)/python -m pytest $$(ls tests/test_*.py | awk 'NR % 2') & half=$$!; \
@@ -50,6 +58,18 @@ npu-smoke: dev  ## on a machine with an NPU: kernels, a short training, two card
 bench: dev  ## each claim of speed as one JSON line: a ratio and both raw figures
 	for f in bench/bench_*.py; do $(BIN)/python $$f || exit 1; done
 
+docs: $(VENV)/.docs  ## the site in _docs/: lessons, API, recipes, search; no Quarto, no network; broken links end it
+	$(BIN)/python .ci/docs.py build
+
+docs-serve: docs  ## the site on this machine alone: http://127.0.0.1:8008
+	$(BIN)/python .ci/docs.py serve $(FLAGS)
+
+studio: $(VENV)/.ui  ## all of it by pointing, in a browser
+	$(BIN)/ascend_nb studio $(FLAGS)
+
+package: dev  ## dist/: sdist and wheel
+	$(BIN)/python -m build -q
+
 sync: dev
 	$(BIN)/python .ci/nb.py sync
 
@@ -60,7 +80,7 @@ nb-new nb-open nb-close nb-run: dev
 	$(BIN)/python .ci/nb.py $(patsubst nb-%,%,$@) $(NAME) $(FLAGS)
 
 clean:
-	rm -rf build dist *.egg-info .nbtext .pytest_cache .ruff_cache quickstart_run
+	rm -rf build dist _docs _proc *.egg-info .nbtext .pytest_cache .ruff_cache quickstart_run
 
 ifneq (,$(filter nb-%,$(firstword $(MAKECMDGOALS))))
 # `make nb-open 22_model`: the second word is a notebook's name, not a goal

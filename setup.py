@@ -14,6 +14,7 @@ readme = ROOT / "README.md"
 
 setup(
     name=meta["lib_name"], version=meta["version"], description=meta["description"], author=meta["author"],
+    classifiers=["Development Status :: 3 - Alpha", "Operating System :: OS Independent", *(f"Programming Language :: Python :: 3.{v}" for v in range(10, 14))],
     license=meta["license"], keywords=meta["keywords"].split(), python_requires=f">={meta['min_python']}",
     long_description=readme.read_text(encoding="utf-8") if readme.exists() else meta["description"],
     long_description_content_type="text/markdown",

@@ -27,7 +27,7 @@ def test_versions_and_paths_agree():
     assert "project" not in PYPROJECT, "a [project] table would take the metadata away from settings.ini"
 
 
-@pytest.mark.parametrize("key", ["requirements", "dev_requirements", "tb_requirements"])
+@pytest.mark.parametrize("key", ["requirements", "dev_requirements", "tb_requirements", "docs_requirements", "ui_requirements", "eval_requirements", "serve_requirements"])
 def test_the_pinned_set_lies_in_the_tested_ranges(key):
     pins = {norm(k): v for k, v in PINS.items()}
     for r in map(Requirement, META[key].split()):
@@ -44,6 +44,43 @@ def test_base_install_is_small():
     base = {norm(Requirement(r).name) for r in META["requirements"].split()}
     assert base == {"torch", "numpy", "safetensors", "transformers", "datasets", "sentencepiece", "huggingface-hub", "matplotlib",
                     "ipywidgets", "fastcore", "pyyaml", "psutil"}
+
+
+def test_every_extra_that_a_sentence_names_is_one():
+    "need(package, extra, …) and ascend_nb[extra], wherever they are written."
+    import ast
+    extras, named = {k[: -len("_requirements")] for k in META if k.endswith("_requirements")}, set()
+    texts = {p: p.read_text(encoding="utf-8") for p in [*(ROOT / "ascend_nb").rglob("*.py"), *ROOT.glob("*.md"), *(ROOT / "nbs").glob("*.ipynb")]}
+    for path, text in texts.items():
+        named |= {(e, path.name) for found in re.findall(r"ascend_nb\[([a-z,]+)\]", text) for e in found.split(",")}
+        if path.suffix != ".py": continue
+        calls = (n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "need" and len(n.args) == 3)
+        named |= {(c.args[1].value, path.name) for c in calls if isinstance(c.args[1], ast.Constant)}
+    assert len(named) > 8 and {e for e, _ in named} <= extras | {"extra"}, sorted((e, f) for e, f in named if e not in extras)
+
+
+def test_the_pins_leave_one_version_for_each_python():
+    "A package is pinned once for 3.10 and once for the rest, or once for all."
+    for python in ("3.10", "3.11", "3.12", "3.13"):
+        lines = [Requirement(ln) for ln in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines() if ln and not ln.startswith("#")]
+        names = [norm(r.name) for r in lines if not r.marker or r.marker.evaluate({"python_version": python})]
+        assert len(names) == len(set(names)), sorted(n for n in set(names) if names.count(n) > 1)
+
+
+def shape(readme):
+    "What both languages must have alike: headings by level, rows of tables, commands, pictures, links into the repository."
+    text = (ROOT / readme).read_text(encoding="utf-8")
+    commands = [re.split(r"  +#", ln)[0] for block in re.findall(r"```bash\n(.*?)```", text, re.S) for ln in block.splitlines()]
+    links = [ln for ln in re.findall(r"\]\(([^)]+)\)", text) if not ln.startswith("README") and "tour" not in ln]
+    return dict(headings=re.findall(r"^(#+) ", text, re.M), rows=[ln.count("|") for ln in text.splitlines() if ln.startswith("|")], commands=commands, links=links,
+                words=re.findall(r"`(make [\w-]+|ascend_nb [\w-]+|pip install [^`]+)`", text))
+
+
+def test_both_readmes_are_one_screen_and_in_step():
+    en, zh = shape("README.md"), shape("README_zh.md")
+    for part in en: assert en[part] == zh[part], part
+    assert len(en["rows"]) > 10 and len(en["commands"]) == 2 and len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 80
+    for link in en["links"]: assert (ROOT / link).exists(), link
 
 
 def test_no_module_outlives_its_notebook():
