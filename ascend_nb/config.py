@@ -16,7 +16,7 @@ from .guarding import GuardConfig
 from .measuring import CompareConfig, EvalConfig # noqa: F401
 from .planning import PlanConfig # noqa: F401
 from .profiling import PlotLogConfig, ProfileConfig, ProfilingConfig # noqa: F401
-from .serving import ServeConfig # noqa: F401
+from .serving import ServeConfig, StudioConfig # noqa: F401
 from .shapes import ModelConfig, ShapeConfig
 from .speaking import ChatConfig, GenerateConfig, SampleConfig # noqa: F401
 from .tuning import DATA_OF, TuneConfig
@@ -301,7 +301,7 @@ class ConvertConfig:
     dialect: str = knob("modellink", choices=("modellink", "mindspeed", "megatron")) # names where ModelLink of 2024, MindSpeed-LLM and Megatron-LM differ: latent attention, shared experts
     verify: bool = False # read the result back, compare every number, and the scores of a prompt
     dry_run: bool = False # print every tensor's journey and write nothing
-    lora_load: str | None = None # adapter to merge on the way: a PEFT folder, or a Megatron checkpoint with lora_A and lora_B
+    lora_load: str | None = None # adapter to merge on the way: a PEFT folder, a run folder of `train`, or a Megatron checkpoint with lora_A and lora_B
     lora_r: int = knob(16, low=1) # rank, where the adapter does not tell
     lora_alpha: float = knob(32.0, low=0) # its strength, where the adapter does not tell
     lora_target_modules: list[str] = knob([]) # matrices with an adapter, where it does not tell

@@ -14,6 +14,7 @@ from .converters import OutFile, SafeLayout, Target
 from .core import UserError, messages
 from .families import config_from_hf, config_to_hf
 from .megatron_format import Stored, read_safetensors
+from .megatron_layout import TRACKER
 from .megatron_names import Block, Placed, matrix
 from .megatron_source import FileSource
 from .names import canonical_shapes
@@ -147,8 +148,13 @@ def model_folder(
 ) -> Path: # the folder with config.json and the tokenizer
     "Where the config of some weights lies. Raises UserError where there is none."
     path = Path(path)
-    if (path / "config.json").is_file() or not path.is_dir() or not is_step(path): return path
+    if (path / "config.json").is_file() or not path.is_dir(): return path
+    if (path / TRACKER).is_file() or any(path.glob("*/mp_rank_*")): raise UserError("load_megatron", path=path)
+    if not is_step(path): return path
     run = path if (path / "config.yaml").is_file() else path.parent
     for name in ("model", "hf"):
         if (run / name / "config.json").is_file(): return run / name
     raise UserError("not_found", path=run, what="model/config.json or hf/config.json beside the steps", do="Convert the step to a Hugging Face folder first, with --hf-config.")
+
+messages(load_megatron=("Found Megatron's weights in {path}; expected a Hugging Face folder or a run. Convert them first: ascend_nb convert {path} HF_DIR --to hf --hf-config ORIGINAL_HF_DIR",
+                        "{path} 中是 Megatron 权重；应为 Hugging Face 目录或运行目录。请先转换：ascend_nb convert {path} HF目录 --to hf --hf-config 原始HF目录"))

@@ -158,7 +158,7 @@ def _raw(path: str, tok: Tokenizer, cfg: RowsConfig, rows: int, limit: int, give
                  columns=columns, handler=handler.name, kind=s.source.kind, why=why, turns=turns, characters=lengths, tokens=total, tokens_of_samples=tokens,
                  tokenizer=str(tok.path), broken=s.broken)
     out, read = Sniffed(path, form, head, facts, s.bad_rows), _explicit(s)
-    for key, n in dict(limit=limit, dup=s.duplicates, slots=s.slots, beside=_beside(Path(path)), sample=not given).items():
+    for key, n in dict(limit=limit * (s.rows >= limit), dup=s.duplicates, slots=s.slots, beside=_beside(Path(path)), sample=not given).items():
         if n: out.notes.append(phrase(f"note_{key}", n=n))
     out.notes += notes
     out.shown = [(f"{s.source.kind} {i + 1}", _said(x)) for i, x in enumerate(s.first[:rows])]

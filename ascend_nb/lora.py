@@ -297,6 +297,7 @@ def read_adapter(
     "Open what `lora_load` names. Raises UserError where it does not fit the model."
     path = Path(cfg.lora_load or cfg.load_dir)
     if not path.exists(): raise UserError("not_found", path=path, what="a PEFT folder or a Megatron checkpoint", do="Check --lora-load.")
+    if (path / "adapter" / "adapter_config.json").is_file(): path = path / "adapter" # a run folder of `train`
     if any((path / f).is_file() for f in ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")): return read_peft(path, source.cfg)
     return read_megatron(path, source.cfg, cfg.lora_r, cfg.lora_alpha, cfg.lora_target_modules)
 

@@ -18,11 +18,10 @@ _TALL = r"""
 #define WIDE 2   /* vectors of tokens side by side: a block */
 #define LANES 32 /* tokens in a block */
 #define TALL 12  /* rows of a matrix at a time: their 24 sums, two vectors of tokens and a weight fill the registers of AVX-512 */
-#define EACH _Pragma("GCC unroll 4") for
 INLINE void tall(const int R, const int plain, const float *w, long ld, long n, const float *x, const int more, float *y) {
     f16 s[TALL][WIDE];
     ALL (int r = 0; r < R; r++) ALL (int c = 0; c < WIDE; c++) s[r][c] = more ? AT(y + r * LANES + 16 * c) : (f16){0};
-    EACH (long i = 0; i < n; i++) {
+    for (long i = 0; i < n; i++) {
         f16 v[WIDE];
         ALL (int c = 0; c < WIDE; c++) v[c] = AT(x + i * LANES + 16 * c);
         ALL (int r = 0; r < R; r++) {

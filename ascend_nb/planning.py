@@ -21,7 +21,7 @@ class FaultConfig:
 @dataclass
 class PlanConfig(FaultConfig):
     "The best layouts of a model on many devices, before anything runs: memory, time, and why others do not fit."
-    model: str = knob("", positional=True) # Hugging Face folder or config.json, or a YAML file of `train` with a section model
+    model: str = knob("", positional=True) # Hugging Face folder or config.json, a YAML file of `train` with a section model, or the name of a published shape, e.g. qwen2-7b
     devices: int = knob(8, low=1) # NPUs or GPUs in all
     device: str = "atlas-a2" # a row of the table of hardware: atlas-a2, atlas-a3, a100, h100; here: this machine, measured
     device_file: str | None = knob(None, advanced=True) # YAML with rows of one's own

@@ -9,6 +9,7 @@ __all__ = ['SOFT', 'SHAPE_RULES', 'STAGE_NAMES', 'RUN_RULES', 'Draft', 'mlp_rule
 
 # %% ../nbs/44b_script_rules.ipynb #cb520010
 import math, re
+from pathlib import Path
 from dataclasses import dataclass, field, fields
 from .core import UserError, messages, phrase
 from .families import config_to_hf
@@ -326,7 +327,7 @@ def weights_rule(
     if load and load == save: d.tell("rule_resume")
     elif load:
         d.set("train.load", load, f.any("load pretrained-checkpoint"))
-        if "enable-hf2mg-convert" not in f: d.tell("rule_load", knob="load", path=load)
+        if "enable-hf2mg-convert" not in f and not Path(load, "config.json").is_file(): d.tell("rule_load", knob="load", path=load)
     if ref := f.text("ref-model"): d.tell("rule_load", knob="ref_model", path=ref)
     if save and f.text("lora-load") == save: d.values.pop("tune.lora_load", None); d.tell("rule_adapter_own")
 

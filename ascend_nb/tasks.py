@@ -243,7 +243,7 @@ messages(
 # %% ../nbs/52_tasks.ipynb #802d8b74
 def _fill(task, template, doc, words):
     "A template with a row's values in it."
-    known = {**doc, **words}
+    known = {**words, **doc} # a row's own column of such a name counts
     try: return template.format(**{str(k): v for k, v in known.items()})
     except (KeyError, IndexError, ValueError, AttributeError) as e:
         raise UserError("task_template", key=str(e).strip("'"), template=template, name=task.name, known=", ".join(map(str, known))) from None
@@ -301,5 +301,5 @@ def own_task(
     if not isinstance(raw, dict): raise UserError("task_lacks", key="files", name=path.name)
     raw = {"rows": {}, **raw}
     if "answer" not in raw["rows"]: raw["rows"] = {**raw["rows"], "answer": {"index" if "choices" in raw else "text": ["gold", "label", "answer"] if "choices" in raw else "answer"}}
-    if "choices" not in raw: raw = {"target": "{answer}", "marks": {"acc": ["strip"]}, **raw}
+    if "choices" not in raw: raw = {"target": f"{{{raw['rows']['answer'].get('text', 'answer')}}}", "marks": {"acc": ["strip"]}, **raw}
     return _make(raw.pop("name", path.stem), raw, "own", home=str(path.parent.absolute()))

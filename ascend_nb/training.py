@@ -52,7 +52,7 @@ def _shape(cfg: RunConfig, tokenizer) -> ModelConfig:
     m = cfg.model
     if cfg.train.load:
         shape = config_from_hf(model_folder(cfg.train.load))
-        asked = {k: v for k, v in to_dict(m, changed=True).items() if v != getattr(shape, k) and not _by_itself(m, k)}
+        asked = {k: v for k, v in to_dict(m, changed=True).items() if v != getattr(shape, k) and k != "initializer_range" and not _by_itself(m, k)} # which new weights alone have a use for
         if asked: raise UserError("other_shape", load=cfg.train.load, asked=", ".join(f"{k}={v} (there {getattr(shape, k)})" for k, v in asked.items()))
         return shape
     if not m.vocab_size and tokenizer is None: raise UserError("no_vocab")

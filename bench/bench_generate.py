@@ -7,7 +7,8 @@
   batch   eight prompts of unequal length at a time, against transformers with the same prompts padded to one length
   first   the first token of a prompt of 512 tokens; gemm: the share of the peer's time that its matrix products alone need
   guess   decode with prompt-lookup, on a text that repeats itself, against decode without; same text
-  llama   llama.cpp (if `llama_cpp` and files are there: ASCEND_NB_GGUF names them, commas between), tokens/s beside ours in the same run
+  llama   llama.cpp with the same weights as f16, q8_0 and q4_0, in a process of its own with as many threads: decode and the first token of 512 against transformers, and ours beside them;
+          agree: as above. ASCEND_NB_LLAMA names a Python that has llama_cpp; the line `skipped` tells how to build one
 
 The sides take turns, round after round; every ratio is the median of the rounds' ratios, so that what else the machine does hits both. Steps are the time between two tokens, so the prompt is not in them.
 memory is one pass of torch's sum over as many bytes as the model's weights, in large pages: what reading alone costs. bandwidth_share: bytes of the weights x tokens/s / that speed.
@@ -18,7 +19,9 @@ import copy
 import json
 import os
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -43,6 +46,7 @@ from ascend_nb.tokenizers import load_tokenizer
 ROOT = Path(__file__).resolve().parent.parent
 SHAPE = ModelConfig(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
                     num_key_value_heads=3, max_position_embeddings=8192, rope_theta=100000., tie_word_embeddings=True)
+HOW = "python -m venv L && CMAKE_ARGS=-DGGML_NATIVE=ON L/bin/pip install llama-cpp-python && ASCEND_NB_LLAMA=L/bin/python python bench/bench_generate.py --only llama"
 median = statistics.median
 
 
@@ -67,6 +71,12 @@ class Peer:
         return diffs(clock.times[1:]), out
 
 
+def timed(f):
+    t = time.perf_counter()
+    f()
+    return time.perf_counter() - t
+
+
 def diffs(times): return [b - a for a, b in zip(times, times[1:], strict=False)]
 
 
@@ -83,7 +93,7 @@ class Bench:
         self.a, self.what = a, "SmolLM2-135M" if folder else "random, in the shape of SmolLM2-135M"
         self.peer = Peer(model, folder)
         model.cfg.eos_token_id = []  # every turn has the same number of tokens
-        self.small = None if not {"int8"} & set(a.only) else Fast(copy.deepcopy(model), weights="int8", cache="int8")
+        self.small = None if not {"int8", "llama"} & set(a.only) else Fast(copy.deepcopy(model), weights="int8", cache="int8")
         self.fast = Fast(model)
         self.tok = load_tokenizer(folder or ROOT / "data_samples" / "tokenizer")
         self.tok.special = {**self.tok.special, "eos_token": None}
@@ -97,6 +107,8 @@ class Bench:
         return {k: [r[k] for r in rounds] for k in sides}
 
     def memory(self): return diffs([time.perf_counter() for _ in range(4) if self.block.sum()])
+
+    def read(self, ids): next(iter(stream(self.fast, self.tok, ids, SampleConfig(max_new_tokens=1), Memory(self.fast))), None)
 
     def told(self, name, slow, fast, claim, **more):
         "slow, fast: seconds of each round."
@@ -158,16 +170,11 @@ class Bench:
                   (2 * c.intermediate_size, c.hidden_size), (c.hidden_size, c.intermediate_size)]
         mats = [(torch.randn(s), torch.randn(512, s[1])) for s in shapes]
 
-        def timed(f):
-            t = time.perf_counter()
-            f()
-            return time.perf_counter() - t
         @torch.inference_mode()
         def gemm():
             for _ in range(c.num_hidden_layers):
                 for w, x in mats: F.linear(x, w)
-        def mine(): m = Memory(self.fast); next(iter(stream(self.fast, self.tok, ids, SampleConfig(max_new_tokens=1), m)), None)
-        t = self.turns(ours=lambda: timed(mine), peer=lambda: timed(lambda: self.peer.steps(ids, 1)), gemm=lambda: timed(gemm))
+        t = self.turns(ours=lambda: timed(lambda: self.read(ids)), peer=lambda: timed(lambda: self.peer.steps(ids, 1)), gemm=lambda: timed(gemm))
         return self.told("first token of 512", t["peer"], t["ours"], "our time <= 0.7 of the peer's: ratio >= 1.43", ours_ms=round(1e3 * median(t["ours"])), peer_ms=round(1e3 * median(t["peer"])),
                          gemm_share=round(median(g / p for g, p in zip(t["gemm"], t["peer"], strict=True)), 3))
 
@@ -183,22 +190,58 @@ class Bench:
         return self.told("guess", t["plain"], t["guessed"], "ratio >= 1.5, same text", ours=round(1 / median(t["guessed"]), 1), peer=round(1 / median(t["plain"]), 1), unit="tokens/s", same_ids=all(s == same[0] for s in same))
 
     def llama(self):
-        files = [f for f in os.environ.get("ASCEND_NB_GGUF", "").split(",") if f]
-        try: from llama_cpp import Llama
-        except ImportError: return dict(name="generate llama", note="llama_cpp is not installed: pip install llama-cpp-python builds it")
-        if not files: return dict(name="generate llama", note="ASCEND_NB_GGUF names no file")
-        got, n = {}, self.a.tokens
+        "A row for each kind of file: tokens/s and the first token against transformers, and ours beside it."
+        if not (python := os.environ.get("ASCEND_NB_LLAMA")): return dict(name="generate llama.cpp", skipped="not installed", do=HOW)
+        with tempfile.TemporaryDirectory() as d, Llama(python) as peer:
+            if not (about := peer.ask("about")): return dict(name="generate llama.cpp", skipped=f"{python} has no llama_cpp", do=HOW)
+            size = peer.load(self.fast.model, d)
+            n, prompt, want = self.a.tokens, torch.randint(0, 1000, (512,), generator=torch.Generator().manual_seed(1)).tolist(), ours(self.fast, self.tok, self.ids, 256)[1]
+            mine = {"fp32": lambda: ours(self.fast, self.tok, self.ids, n)[0], "int8": lambda: ours(self.small, self.tok, self.ids, n)[0], "peer": lambda: self.peer.steps(self.ids, n)[0]}
+            t = self.turns(**mine, **{k: (lambda k=k: peer.ask("speak", name=k, ids=self.ids, n=n)["steps"]) for k in size})
+            first = self.turns(fp32=lambda: timed(lambda: self.read(prompt)), peer=lambda: timed(lambda: self.peer.steps(prompt, 1)), **{k: (lambda k=k: peer.ask("speak", name=k, ids=prompt, n=1)["first"]) for k in size})
+            agree = {k: sum(a == b for a, b in zip(peer.ask("follow", name=k, ids=self.ids, text=want)["ids"], want, strict=True)) / len(want) for k in size}
+        step = {k: [median(s) for s in t[k]] for k in t}
+        over = lambda times, a, b: round(median(x / y for x, y in zip(times[a], times[b], strict=True)), 3)
+        speed = lambda k: round(1 / median(step[k]), 1)
+        return [self.told(f"llama.cpp {k}", step["peer"], step[k], "stands beside", llama=speed(k), peer=speed("peer"), unit="tokens/s", ours={x: speed(x) for x in ("fp32", "int8")},
+                          ours_over_llama={x: over(step, k, x) for x in ("fp32", "int8")}, agree=round(agree[k], 3), first_ratio=over(first, "peer", k), first_ms={x: round(1e3 * median(first[x])) for x in (k, "fp32", "peer")},
+                          first_ours_over_llama=over(first, k, "fp32"), mb=size[k], tokens=n, llama_cpp_python=about["version"]) for k in size]
 
-        def run(model):
-            times = []
-            model.reset()
-            for t in model.generate(self.ids, temp=0.0):
-                times.append(time.perf_counter())
-                if len(times) > n or t is None: return median(diffs(times))
-        models = {Path(f).name: Llama(f, n_ctx=512, n_threads=torch.get_num_threads(), verbose=False) for f in files}
-        t = self.turns(ours=lambda: median(ours(self.fast, self.tok, self.ids, n)[0]), **{k: (lambda m=m: run(m)) for k, m in models.items()})
-        for k in t: got[k] = round(1 / median(t[k]), 1)
-        return dict(name="generate llama", tokens_per_s=got, weights=self.what, rounds=self.a.rounds, threads=torch.get_num_threads())
+
+class Llama:
+    "llama.cpp in its own process, see llama_peer.py."
+    def __init__(self, python): self.process = subprocess.Popen([python, str(ROOT / "bench/llama_peer.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": ""})
+    def __enter__(self): return self
+    def __exit__(self, *_): self.process.communicate(timeout=30)
+
+    def ask(self, do, **what):
+        "None: the process has ended."
+        try: self.process.stdin.write(json.dumps(dict(do=do, **what)) + "\n"); self.process.stdin.flush()
+        except BrokenPipeError: return None
+        return json.loads(self.process.stdout.readline() or "null")
+
+    def load(self, model, folder):
+        "Files of the same weights: kind -> MB."
+        for kind in (kinds := ("f16", "q8_0", "q4_0")):
+            if kind == "f16": write_gguf(model, f"{folder}/f16.gguf")
+            else: self.ask("quantize", source=f"{folder}/f16.gguf", to=f"{folder}/{kind}.gguf", kind=kind)
+            self.ask("load", name=kind, file=f"{folder}/{kind}.gguf", threads=torch.get_num_threads(), room=1024)
+        return {k: round(os.path.getsize(f"{folder}/{k}.gguf") / 1e6) for k in kinds}
+
+
+def write_gguf(model, file):
+    "The weights as fp16 in llama.cpp's own format, its names and its order of rotary pairs (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md); ids go in and out, so it needs no vocabulary."
+    import gguf
+    c, w = model.cfg, gguf.GGUFWriter(file, "llama")
+    w.add_block_count(c.num_hidden_layers); w.add_context_length(c.max_position_embeddings); w.add_embedding_length(c.hidden_size); w.add_feed_forward_length(c.intermediate_size)
+    w.add_head_count(c.num_attention_heads); w.add_head_count_kv(c.num_key_value_heads); w.add_rope_freq_base(c.rope_theta); w.add_rope_dimension_count(c.head_dim)
+    w.add_layer_norm_rms_eps(c.rms_norm_eps); w.add_vocab_size(c.vocab_size); w.add_file_type(gguf.LlamaFileType.MOSTLY_F16); w.add_tokenizer_model("none")
+    name = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, c.num_hidden_layers).get_name
+    for key, t in model.state_dict().items():
+        if key == "lm_head.weight" and c.tie_word_embeddings: continue
+        if "q_proj" in key or "k_proj" in key: t = t.view(-1, 2, c.head_dim // 2, t.shape[1]).transpose(1, 2).reshape(t.shape)
+        w.add_tensor(name(key, try_suffixes=(".weight",)), (t.half() if t.ndim > 1 else t).contiguous().numpy())
+    w.write_header_to_file(); w.write_kv_data_to_file(); w.write_tensors_to_file(); w.close()
 
 
 CASES = "decode", "int8", "batch", "first", "guess", "llama"
@@ -212,7 +255,9 @@ def main():
     a = p.parse_args()
     out, sys.stdout = sys.stdout, sys.stderr  # the lines of the result, whatever a library prints
     bench = Bench(a)
-    for case in a.only: print(json.dumps(getattr(bench, case)()), file=out, flush=True)
+    for case in a.only:
+        rows = getattr(bench, case)()
+        for row in rows if isinstance(rows, list) else [rows]: print(json.dumps(row), file=out, flush=True)
 
 
 if __name__ == "__main__": main()

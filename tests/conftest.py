@@ -52,3 +52,12 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(n)
+
+
+@pytest.fixture
+def chinese():
+    "The page's language is Chinese."
+    from ascend_nb.ui.bilingual import switch
+    switch("zh")
+    yield
+    switch("en")

@@ -49,7 +49,7 @@ def test_a_group_lists_its_commands(args):
 
 
 COMMAND_NAMES = ["quickstart", "doctor", "fetch", "preprocess", "data sniff", "data show", "data report", "plan", "profile", "plot-log", "train",
-                 "jobs launch", "jobs list", "jobs show", "jobs wait", "jobs stop", "jobs resume", "import-script", "convert", "generate", "chat", "serve", "evaluate", "compare"]
+                 "jobs launch", "jobs list", "jobs show", "jobs wait", "jobs stop", "jobs resume", "import-script", "convert", "generate", "chat", "studio", "serve", "evaluate", "compare"]
 
 
 @pytest.mark.parametrize("name", COMMAND_NAMES)

@@ -132,3 +132,22 @@ def test_every_message_has_both_languages():
     for key, (en, zh) in MESSAGES.items():
         assert re.search(r"[\u4e00-\u9fff]", zh) or key == "bad_config", f"{key} has no Chinese"
         assert {n.split("!")[0] for n in names(en)} == {n.split("!")[0] for n in names(zh)}, f"{key}: other placeholders in Chinese"
+
+
+def prose(source):
+    "What a reader reads of a markdown cell: no code, no tables, no headings, no links' targets."
+    text = re.sub(r"```.*?```", "", source, flags=re.S)
+    lines = [ln for ln in text.splitlines() if not re.match(r"#+ |\|", ln)]
+    return re.sub(r"`[^`]*`|\]\([^)]*\)", "", "\n".join(lines))
+
+
+RECIPES = [p for p in NOTEBOOKS if re.match(r"[89]\d_", p.stem)]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_recipes_are_written_twice(path):
+    "Every markdown cell with an English sentence says it in Chinese too: a character for about three letters; less than one for nine is a paragraph that was forgotten."
+    for cell in cells(path, "markdown"):
+        text = prose(cell)
+        letters, signs = len(re.findall(r"[A-Za-z]", text)), len(re.findall(r"[\u4e00-\u9fff]", text))
+        assert letters < 12 or signs * 9 >= letters, f"{path.name}: {letters} letters and {signs} Chinese characters in {cell[:80]!r}"

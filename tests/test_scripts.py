@@ -18,7 +18,7 @@ from ascend_nb.core import UserError
 from ascend_nb.flag_table import CONFIGS, KINDS, Flags, find_row, flag_file, flag_table, words_to_flags
 from ascend_nb.launch_scripts import launches, read_script, whole_sum
 from ascend_nb.schema import from_dict, knobs, parse_args, to_dict
-from ascend_nb.scripts import config_of, draft_of, grid_notes, import_text, train_words, yaml_text
+from ascend_nb.scripts import command_words, config_of, draft_of, grid_notes, import_text, train_words, yaml_text
 
 SAMPLE = ROOT / "data_samples" / "pretrain_tales_ptd.sh"
 
@@ -342,6 +342,16 @@ def test_other_scripts_become_other_commands(command):
     assert one.command == command and not one.unknown
     cls = getattr(config, CONFIGS[command])
     assert to_dict(from_dict(cls, yaml.safe_load(yaml_text(one)))) == to_dict(one.cfg)
+
+
+@pytest.mark.parametrize("command", OTHERS)
+def test_the_words_of_a_script_are_the_command(command, capfd):
+    "Typed behind `ascend_nb COMMAND`, a script's words give the config that its YAML gives; what the command has itself stays as it is."
+    one, cls = import_text(OTHERS[command]), getattr(config, CONFIGS[command])
+    assert to_dict(parse_args(cls, command_words(command, one.launch.args), command)) == to_dict(one.cfg)
+    ours = ["--typo", "3"]
+    assert command_words(command, ours) is ours
+    with pytest.raises(UserError, match="--num-layrs"): parse_args(cls, command_words(command, [*one.launch.args, "--num-layrs", "3"]), command)
 
 
 @pytest.mark.slow

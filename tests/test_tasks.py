@@ -131,3 +131,11 @@ def test_relative_paths_and_links_find_the_sibling(tmp_path, monkeypatch):
     test = write_mmlu(tmp_path, ["x"])
     monkeypatch.chdir(test)
     assert load_task("mmlu", ".")[0].prompt == load_task("mmlu", test / "x_test.csv")[0].prompt
+
+
+def test_a_row_may_have_a_column_of_any_name(tmp_path):
+    "Columns that are called as the words of a template are: the row's own count; the answer's column is what a worked example ends with."
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(dict(name=n, topic="t", berth=b)) + "\n" for n, b in (("Ada", "1"), ("Hugo", "2"))))
+    (tmp_path / "q.yaml").write_text('files: q.jsonl\nrows: {columns: [name], answer: {text: berth}}\ntext: "{name} ({topic}) has berth"\nshots: own\nnum_fewshot: 1\n')
+    one, = load_task(str(tmp_path / "q.yaml"), tmp_path)
+    assert one.prompt == "Ada (t) has berth 1\n\nHugo (t) has berth" and one.gold == "2"

@@ -1,0 +1,100 @@
+"""The studio in a real browser: JupyterLab 4 and voila, driven by what is written on the page. `make test-ui` runs all of it."""
+import os
+import shutil
+import time
+
+import pytest
+from browsing import browser, chromium, field, fill, lab, open_lab, press, run_all, says, sessions, shot, tab, voila
+from conftest import ROOT
+
+from ascend_nb.ui.app import write_notebook
+
+SAMPLES = ROOT / "data_samples"
+browsing = pytest.mark.slow  # by `make test-ui`
+
+
+@pytest.fixture
+def desk(tmp_path):
+    "A folder to work in, with a data file of its own and the studio's notebook."
+    chromium()
+    shutil.copy(SAMPLES / "instruct.json", tmp_path / "instruct.json")
+    shutil.copytree(SAMPLES / "tokenizer", tmp_path / "tokenizer")
+    write_notebook(tmp_path)
+    return tmp_path
+
+
+@browsing
+def test_first_run_by_clicking(desk):
+    "Data, mask, training, a dead kernel, a new one that finds the run, stop, chat, score, profile."
+    with lab(desk) as (root, token, _), browser() as (page, afar):
+        open_lab(page, root, token)
+        run_all(page)
+        says(page, "kernel alive")
+        _data(page)
+        _train(page, desk)
+        _dies_and_is_found(page, root, token)
+        assert not afar
+
+
+def test_voila_shows_the_studio_and_changes_its_language(desk):
+    "No code, no network; a language is one click."
+    with voila(desk) as root, browser() as (page, afar):
+        page.goto(root, wait_until="commit")
+        says(page, "kernel alive", 90)
+        assert page.locator("text=from ascend_nb").count() == 0
+        page.locator("button:visible", has_text="中文").first.click()
+        says(page, "环境检查")
+        tab(page, "训练")
+        says(page, "开始训练")
+        assert page.locator(".lm-TabBar-tab:visible", has_text="Train").count() == 0
+        shot(page, "studio_voila_zh")
+        assert not afar
+
+
+def _data(page):
+    fill(page, "data", "instruct.json")
+    fill(page, "tokenizer", "tokenizer")
+    press(page, "Look at it")
+    says(page, "AlpacaStyleInstructionHandler")
+    says(page, "read, not learned")
+    shot(page, "studio_data")
+    page.locator("button:visible, .jupyter-widget-Collapse-header:visible", has_text="Make tokens").first.click()
+    fill(page, "output_prefix", "notes")
+    press(page, "Start preprocessing")
+    says(page, "preprocess: finished", 120)
+    press(page, "Train on the result")
+
+
+def _train(page, desk):
+    tab(page, "Train")
+    says(page, "data_path")
+    assert field(page, "data_path").input_value().endswith("notes")
+    press(page, "New model")
+    for name, n in dict(hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2).items(): fill(page, name, str(n))
+    press(page, "Basics")
+    fill(page, "train_iters", "zero")
+    says(page, "expected a int")
+    shot(page, "studio_wrong_value")
+    for name, n in dict(train_iters=4000, seq_length=256, save_interval=50, lr=0.002).items(): fill(page, name, str(n))
+    field(page, "stage").select_option("sft")
+    press(page, "Start")
+    says(page, r"step \d+ of 4000, loss", 120)
+
+
+def _dies_and_is_found(page, root, token):
+    for k in sessions(root, token): os.kill(_pid(k["id"]), 9)
+    time.sleep(1)
+    open_lab(page, root, token)
+    run_all(page)
+    says(page, "kernel alive")
+    tab(page, "Train")
+    says(page, "1 still going: attached to", 60)
+    says(page, r"step \d+ of 4000, loss", 60)
+    shot(page, "studio_train")
+    press(page, "Stop")
+    says(page, "stopped", 60)
+
+
+def _pid(kernel):
+    import psutil
+    return next(p.pid for p in psutil.process_iter(["cmdline"]) if any(kernel in w for w in p.info["cmdline"] or []))
