@@ -161,6 +161,7 @@ def layer_kept(
     mlp = np.where(x.mlp_again, 0, _mlp_kept(c, x, moe)) + ins[1]
     return T * ((1 - np.asarray(x.again)) * (norms + attention + mlp) + x.again * S / wide)
 
+# %% ../nbs/55a_costs.ipynb #986eeb1e
 GATHERED = 3 # short stages whose whole weights a device has at once: as many as torch's schedules look ahead
 
 def _round(x): # micro-batches that a short stage takes before the next one has its turn
@@ -208,6 +209,7 @@ def _facts(c, n, x, stage): # what the moments are made of
     late = sharded & ((np.asarray(x.zero) < 2) | (pp > 1)) # gradients are summed after the last micro-batch
     return SimpleNamespace(P=P, E=E, all=P + E, own=P / f + E / fe, f=f, B=B, first=first, last=last, layers=layers, words=words, ends=ends, layer=(P + E - ends) / layers, sharded=sharded, late=late,
         three=sharded & (np.asarray(x.zero) == 3), many=np.asarray(x.batches) > 1, more=_gone_back(x, stage), moe=_between(n.moe, x, stage))
+
 
 def _working(c, x, moe): # bytes that backward of an MLP, or of attention, needs beside what was kept: gradients of the widest products, and of the stream
     wide = c.num_experts_per_tok * (c.moe_intermediate_size / x.tp + c.hidden_size) + c.shared_expert_intermediate_size / x.tp if moe else c.intermediate_size / np.asarray(x.tp)

@@ -14,6 +14,7 @@ from .findings import changes, find_all
 from .hardware import find_device
 from .profile_files import Profile, open_profile
 from .profile_plots import draw_all, plot_comparison, save_figure
+from .profile_views import compare_profiles
 from .trace_copies import check_trace, perfetto_copy
 
 # %% ../nbs/57g_profile_report.ipynb #2639d675
@@ -73,7 +74,10 @@ def run(
 # %% ../nbs/57g_profile_report.ipynb #d6973315
 def _write(cfg, p, base, found, more, device):
     done = draw_all(p, cfg.out, device)
-    if base: save_figure(plot_comparison(base, p), Path(cfg.out) / "comparison.png"); done["comparison"] = len(more)
+    if base:
+        save_figure(plot_comparison(base, p), Path(cfg.out) / "comparison.png"); done["comparison"] = len(more)
+        for name, t in compare_profiles(base, p).items():
+            with atomic_file(Path(cfg.out) / f"comparison_{name}.csv") as f: t.to_csv(f)
     with atomic_file(Path(cfg.out) / "findings.md") as f: f.write(page(p, found, more))
     return done
 

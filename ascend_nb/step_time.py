@@ -148,6 +148,7 @@ def gathered(
     vpp, rounds = np.asarray(x.vpp), np.maximum(1, np.asarray(x.batches) // np.asarray(x.pp))
     return np.where((vpp > GATHERED) & ~np.asarray(x.keeps), (2 * (vpp - GATHERED) * rounds + np.where(rounds > 1, 6, 3)) / vpp, 1)
 
+# %% ../nbs/55b_step_time.ipynb #9f73f962
 def _ending(c, n, x, d): # gradients and weights of data parallel devices; the update
     P, E = held(c, n, x, 0)
     dp, tp = np.asarray(x.dp) * x.cp, np.asarray(x.tp)

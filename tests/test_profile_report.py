@@ -53,11 +53,14 @@ def test_every_rule_has_its_sentence_in_both_languages():
 
 
 def test_the_command_writes_what_it_says(samples, tmp_path, capsys):
-    code = main(["profile", str(samples / "npu_profile/rank1_ascend_pt"), "--baseline", str(samples / "npu_profile/rank0_ascend_pt"), "--perfetto", str(tmp_path / "t"), "--steps", "6", "6", "--json"])
+    code = main(["profile", str(samples / "npu_profile/rank1_ascend_pt"), "--baseline", str(samples / "npu_profile/rank0_ascend_pt"), "--perfetto", str(tmp_path / "t"), "--steps", "6", "6", "--out", str(tmp_path / "out"), "--json"])
     d = json.loads(capsys.readouterr().out)
     assert code == 0
     assert d["ranks"] == [1] and d["steps"] == [5, 6] and d["level"] == "Level1" and any("MatMulV3: 0.66" in c for c in d["changes"])
     assert (tmp_path / "t/rank1.json.gz").is_file() and d["findings"][0]["evidence"]
+    numbers = pd.read_csv(tmp_path / "out/comparison_operators.csv", index_col=0)
+    assert (numbers.ms_after - numbers.ms_before - numbers.change_ms).abs().max() < 1e-6
+    assert {f.stem for f in (tmp_path / "out").glob("*.png")} - {f.stem for f in (tmp_path / "out").glob("*.csv")} == {"comparison"}, "each picture has its numbers"
 
 
 @pytest.mark.slow
