@@ -33,6 +33,7 @@ def test_first_run_by_clicking(desk):
         _data(page)
         _train(page, desk)
         _dies_and_is_found(page, root, token)
+        _chat(page, desk)
         assert not afar
 
 
@@ -93,6 +94,17 @@ def _dies_and_is_found(page, root, token):
     shot(page, "studio_train")
     press(page, "Stop")
     says(page, "stopped", 60)
+
+
+def _chat(page, desk):
+    tab(page, "Chat")
+    fill(page, "model or run", "runs/run")
+    press(page, "Load")
+    says(page, "nothing said yet", 90)
+    fill(page, "message", "What pet does Mira keep?")
+    press(page, "Send")
+    says(page, "tokens/s, ended", 90)
+    shot(page, "studio_chat")
 
 
 def _pid(kernel):

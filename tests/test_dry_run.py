@@ -67,8 +67,8 @@ def test_weights_are_gathered_as_torchs_schedule_says():
         for rank in range(pp):
             warm = schedules._get_warmup_ops(rank, vpp, per, pp, batches, multiply_factor=2)
             both = batches * vpp - warm
-            turn = lambda at, back=False: abs((vpp - 1) * back - at // per % vpp) * pp + rank
-            ops = schedules._get_1f1b_rank_ops(vpp, pp, warm, both, warm, rank, turn, lambda at: turn(at - warm, True))
+            turn = lambda at, back=False, vpp=vpp, per=per, pp=pp, rank=rank: abs((vpp - 1) * back - at // per % vpp) * pp + rank
+            ops = schedules._get_1f1b_rank_ops(vpp, pp, warm, both, warm, rank, turn, lambda at, turn=turn, warm=warm: turn(at - warm, True))
             gathered = [a.stage_index // pp for a in schedules._add_unshard_reshard(ops) if a.computation_type == schedules.UNSHARD]
             assert fetches(pp, vpp, batches, rank) == [gathered.count(k) for k in range(vpp)], (pp, vpp, batches, rank)
 

@@ -1,14 +1,27 @@
 """The pages for plans and for talks, driven as a person would: sliders, buttons, messages; and what they say."""
+import gc
 import json
+import os
 import re
 import time
+import weakref
+from pathlib import Path
 
 import pytest
+import torch
 
-from ascend_nb.config import PlanConfig, RunConfig
+from ascend_nb.adapter_files import save_adapter
+from ascend_nb.adapters import LoraSpec, add_adapter, pairs
+from ascend_nb.chat import Chat
+from ascend_nb.config import ChatConfig, ModelConfig, PlanConfig, RunConfig
+from ascend_nb.generate import load
+from ascend_nb.hf_format import save_model
+from ascend_nb.model import Decoder
 from ascend_nb.planner import GIB, named_shapes, plan, shape_of_plan
 from ascend_nb.schema import load_yaml
+from ascend_nb.tokenizers import load_tokenizer
 from ascend_nb.ui.bilingual import switch
+from ascend_nb.ui.chat_panel import ChatPanel, bubbles
 from ascend_nb.ui.plan_panel import PARTS, PlanPanel, memory_bars
 from ascend_nb.ui.static import as_text
 from here import ascend
@@ -137,3 +150,164 @@ def test_named_shapes_are_those_that_were_published(shared_data):
 @pytest.mark.parametrize("name", named_shapes())
 def test_every_named_shape_can_be_planned(name):
     assert plan(PlanConfig(model=name, devices=8, tp=1, pp=1, cp=1, micro=1, recompute="full", zero=3)).searched
+
+
+@pytest.fixture(scope="module")
+def folder(samples, tmp_path_factory):
+    "A random model that never ends by itself, 2,000 positions long, with the sample tokenizer and its chat template; and an adapter of it."
+    path, tok = tmp_path_factory.mktemp("talk"), load_tokenizer(samples / "tokenizer")
+    model = Decoder(ModelConfig(vocab_size=tok.vocab_size, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=2000, tie_word_embeddings=False)).init_weights(1).eval()
+    with torch.no_grad(): model.lm_head.weight[tok.eos_token_id] = 0
+    save_model(model, path / "m", tok)
+    add_adapter(model, LoraSpec(4, 8.), "tuned")
+    with torch.no_grad():
+        for p in pairs(model, "tuned").values(): p.B.normal_(0, .5, generator=torch.Generator().manual_seed(5))
+    save_adapter(model, path / "tuned", base=str(path / "m"))
+    return path
+
+
+def done(page, seconds=60):
+    page.thread.join(seconds)
+    assert not page.thread.is_alive()
+    return page
+
+
+@pytest.fixture
+def talk(folder, one_thread):
+    page = ChatPanel(ChatConfig(model=str(folder / "m"), max_new_tokens=8))
+    page.load.click()
+    return done(page)
+
+
+def say(page, text, wait=True):
+    page.text.value = text
+    page.go.click()
+    return done(page) if wait else page
+
+
+def answers(cfg, *questions, adapter=None):
+    "The same, without a page."
+    chat = Chat(*load(cfg), cfg)
+    if cfg.lora_load: chat.adapter(adapter)
+    return [(q, "".join(chat.stream(q))) for q in questions]
+
+
+def test_a_page_answers_as_a_chat_does(talk, folder):
+    say(say(talk, "One?"), "Two?")
+    c, = talk.columns
+    assert c.chat.history == answers(ChatConfig(model=str(folder / "m"), max_new_tokens=8), "One?", "Two?")
+    text = as_text(talk)
+    assert "You: One?" in text and "8 tokens, " in text and "tokens/s, ended by max_new_tokens" in text and not talk.text.value
+    talk.clear.click()
+    assert not c.chat.history and "nothing said yet" in as_text(talk)
+
+
+def test_enter_sends(talk):
+    talk.text.value = "One?"
+    talk.text._handle_custom_msg(dict(event="submit"), [])
+    assert len(done(talk).columns[0].chat.history) == 1
+
+
+def test_stop_keeps_what_was_said(talk):
+    talk.form.fields["max_new_tokens",].control.value = "1900"
+    c, = talk.columns
+    drawn, start = [], time.time()
+    c.talk.observe(drawn.append, "value")
+    say(talk, "Tell me all.", wait=False)
+    while len(drawn) < 4 and time.time() < start + 30: time.sleep(.02)
+    assert not talk.stop.disabled and talk.go.disabled and talk.load.disabled
+    talk.stop.click(); done(talk)
+    (question, answer), = c.chat.history
+    assert question == "Tell me all." and answer and len(c.chat.last.ids) < 1900 and answer in c.talk.value.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&").replace("&quot;", '"').replace("&#x27;", "'")
+    assert "stopped by you" in as_text(c.foot) and talk.stop.disabled and not talk.go.disabled
+    assert len(drawn) <= 10 * (time.time() - start) + 4 # ten times a second
+    talk.form.fields["max_new_tokens",].control.value = "4"
+    assert len(say(talk, "And now?").columns[0].chat.history) == 2
+
+
+def test_adapters_answer_beside_the_model(folder, one_thread):
+    cfg = ChatConfig(model=str(folder / "m"), lora_load=[str(folder / "tuned")], max_new_tokens=8)
+    page = ChatPanel(cfg)
+    assert page.more.value == str(folder / "tuned")
+    page.load.click(); say(say(done(page), "One?"), "Two?")
+    assert [c.adapter for c in page.columns] == [None, "tuned"]
+    for c in page.columns: assert c.chat.history == answers(cfg, "One?", "Two?", adapter=c.adapter)
+    assert page.columns[0].chat.history != page.columns[1].chat.history
+    assert page.columns[0].chat.history == answers(ChatConfig(model=str(folder / "m"), max_new_tokens=8), "One?", "Two?")
+    assert "m · without adapter" in as_text(page) and "m · tuned" in as_text(page)
+
+
+def test_models_stand_beside_each_other_and_old_ones_are_given_up(talk, folder):
+    old = weakref.ref(talk.columns[0].chat.model)
+    talk.beside.value = str(folder / "m")
+    talk.load.click(); say(done(talk), "One?")
+    one, two = talk.columns
+    assert one.chat.history == two.chat.history and one.chat.model is not two.chat.model
+    gc.collect()
+    assert old() is None
+    talk.beside.value = str(folder / "nothing")
+    talk.load.click(); done(talk)
+    assert "Found nothing at" in as_text(talk.trouble) and not talk.columns
+    say(talk, "One?", wait=False)
+    assert "no model that is loaded" in as_text(talk.trouble) and talk.text.value == "One?"
+
+
+@pytest.mark.parametrize("language,words", [("en", "expected at most 1999"), ("zh", "最多读取 2000 个")])
+def test_a_message_that_is_too_long(talk, language, words):
+    switch(language)
+    say(talk, "late " * 2500)
+    assert words in as_text(talk.trouble) and talk.text.value.startswith("late late") and not talk.columns[0].chat.history
+    say(talk, "One?")
+    assert not as_text(talk.trouble) and len(talk.columns[0].chat.history) == 1
+
+
+def test_a_model_without_a_template_says_what_is_used(folder, tmp_path, one_thread):
+    import shutil
+    shutil.copytree(folder / "m", tmp_path / "bare")
+    for name in ("chat_template.jinja",): (tmp_path / "bare" / name).unlink(missing_ok=True)
+    path = tmp_path / "bare/tokenizer_config.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "chat_template"}))
+    page = ChatPanel(ChatConfig(model=str(tmp_path / "bare"), max_new_tokens=4))
+    page.load.click(); done(page)
+    assert "no chat template: the alpaca form is used" in as_text(page.said)
+    say(say(page, "One?"), "Two?")
+    assert as_text(page.said).count("alpaca") == 1
+
+
+def test_knobs_hold_from_the_next_answer_on(talk):
+    talk.form.fields["max_new_tokens",].control.value = "3"
+    assert len(say(talk, "One?").columns[0].chat.last.ids) == 3
+    talk.form.fields["temperature",].control.value = "warm"
+    say(talk, "Two?")
+    assert "expected a float" in as_text(talk.trouble) and talk.text.value == "Two?" and len(talk.columns[0].chat.history) == 1
+    talk.form.fields["temperature",].control.value = "0.5"
+    talk.form.fields["task",].control.value = "do_sample"
+    talk.form.code.button.click()
+    assert all(x in talk.form.code.text.value for x in ("ascend_nb chat --task do_sample", "--temperature 0.5", f"--model {talk.model.value}"))
+    assert say(talk, "Two?").columns[0].chat.history[0][0] == "One?" # what was said stays
+    talk.form.fields["task",].control.value = "beam_search"
+    say(talk, "Three?")
+    assert "task=beam_search in a chat" in as_text(talk.trouble)
+
+
+def test_what_was_said_is_escaped():
+    html = bubbles([("<script>x</script>", "<img src=x onerror=y> & so on")])
+    assert "<script>" not in html and "<img" not in html and "<img src=x onerror=y> & so on" in as_text(html)
+
+
+def test_a_talk_in_chinese(talk):
+    say(talk, "One?")
+    switch("zh")
+    text = as_text(talk)
+    assert "您: One?" in text and "个词元" in text and "发送" in text and "清空" in text and "停止" in text
+    switch("en")
+    assert "You: One?" in as_text(talk)
+
+
+@pytest.mark.slow
+def test_smollm2_on_the_page():
+    path = os.environ.get("ASCEND_NB_SMOLLM2")
+    if not path or not (Path(path) / "model.safetensors").is_file(): pytest.skip("ASCEND_NB_SMOLLM2 does not name a folder (ascend_nb fetch smollm2-135m --to DIR)")
+    page = ChatPanel(ChatConfig(model=path, max_new_tokens=24))
+    page.load.click(); say(done(page, 120), "What is the capital of France?")
+    assert "Paris" in page.columns[0].chat.history[0][1]

@@ -185,3 +185,14 @@ def test_the_languages_of_a_page_change_without_losing_what_was_typed(here):
 def test_a_job_that_runs_is_not_started_by_looking(here):
     TrainPanel()
     assert jobs.list_jobs("runs") == []
+
+
+def test_no_page_takes_a_name_of_ipywidgets():
+    "A page with an `open` of its own would never reach the browser."
+    import importlib
+
+    import ipywidgets as W
+    for room, name in PAGES.values():
+        own = vars(getattr(importlib.import_module(f"ascend_nb.ui.{room}"), name))
+        taken = [n for n in own if callable(getattr(W.VBox, n, None)) and not n.startswith("__") and n != "_repr_mimebundle_"]
+        assert not taken, f"{name}: {taken}"

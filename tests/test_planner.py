@@ -315,7 +315,7 @@ def test_rows_that_cannot_be_predicted_are_named_and_counted(capsys, tmp_path, r
     code, got, err = plan(capsys, "--validate", strange)
     bad = sum(said is not None for _, said in STRANGE.values())
     assert code == 0 and not err and got["rows"] == len(STRANGE) - bad == len(STRANGE) - got["left_out"] and len(got["by_row"]) == len(STRANGE)
-    for (name, (_, said)), b in zip(STRANGE.items(), got["by_row"]): assert (b["error"] is None and said in b["why"]) if said else (b["error"] is not None and "why" not in b), (name, b)
+    for (name, (_, said)), b in zip(STRANGE.items(), got["by_row"], strict=True): assert (b["error"] is None and said in b["why"]) if said else (b["error"] is not None and "why" not in b), (name, b)
     assert got["by_row"][0]["predicted"] == got["by_row"][1]["predicted"] != got["by_row"][3]["predicted"] and got["by_row"][1]["published"] == 2884
     assert got["unpredicted"] == bad - 3, "what is predicted and has no figure of its own is told too"
     assert main(["plan", "--validate", str(strange)]) == 0 and f"{bad} rows are not counted" in capsys.readouterr().out

@@ -112,7 +112,7 @@ class ConvertPanel(Panel):
         self.steps.observe(lambda change: self._build() if change.new == 1 else None, "selected_index")
         self.journey, self.certificate = Told(lambda: journey_html(self.text) if self.text else ""), Told(lambda: certificate_html(self.paper) if self.paper else "")
         self.job = ErrandView("convert", self._made, under)
-        super().__init__([self.path, self.look, self.told, self.steps, self.job, self.certificate])
+        super().__init__([self.path, W.HBox([self.look]), self.told, self.steps, self.job, self.certificate])
 
 # %% ../../nbs/63a_convert_panel.ipynb #0a21b980
 def _inspect(self: ConvertPanel): # the thread

@@ -28,7 +28,7 @@ from .paths import PathBox, found_at
 from .pieces import Pager, Told, figure_html
 from .run_view import plot_words
 from .static import as_text
-from ..views import CUT, LEARNED, READ, SampleView, _CSS, _item, find_pairs, is_raw, show_item, show_sample
+from ..views import CUT, LEARNED, READ, SampleView, _CSS, _item, find_pairs, is_raw, open_pairs, show_item, show_sample
 
 # %% ../../nbs/63_data_panel.ipynb #c581fad6
 messages(
@@ -75,6 +75,12 @@ def row_html(
     item, view = row
     return f"{chat_html(item) if item is not None else ''}<div style='margin:6px 0'>{legend()}</div>{view._repr_html_()}"
 
+def _from_one(view, path, i): # a page counts from 1
+    n = len(next(iter(open_pairs(find_pairs(path)).values())))
+    old, new = (phrase("view_of", i=k, n=n, name=Path(path).name) for k in (i, i + 1))
+    for v in view.views: v.title = v.title.replace(old, new)
+    return view
+
 def see_row(
     path: str, # raw data, names of a registry, or a prefix
     i: int, # counted from 0
@@ -84,7 +90,7 @@ def see_row(
 ) -> tuple: # (item or None for tokens that were made before, SampleView)
     "A row of anything. Raises UserError."
     tok = load_tokenizer(tokenizer)
-    if not (cfg.dataset_dir or is_raw(path) or "," in path): return None, show_sample(path, i, tok, seq_length=seq_length)
+    if not (cfg.dataset_dir or is_raw(path) or "," in path): return None, _from_one(show_sample(path, i, tok, seq_length=seq_length), path, i)
     item, where, prompt_type = _item(path, i, cfg)
     return item, show_item(item, where, tok, cfg, prompt_type, seq_length)
 

@@ -37,7 +37,7 @@ def figure_html(
     "A figure and its caption."
     out = BytesIO(); fig.savefig(out, format="png", dpi=90)
     data, words = b64encode(out.getvalue()).decode(), escape(words, quote=True)
-    return f"<figure style='margin:4px 0'><img alt='{words}' src='data:image/png;base64,{data}' style='max-width:100%'><figcaption>{words}</figcaption></figure>"
+    return f"<figure style='margin:4px 0'><img alt='{words}' src='data:image/png;base64,{data}' style='max-width:100%'><figcaption><div>{words}</div></figcaption></figure>"
 
 def frame_html(
     t, # a DataFrame
@@ -54,7 +54,7 @@ messages(piece_rows=("{shown} of {n:,} rows", "{n:,} 行中的 {shown} 行"), pi
 
 # %% ../../nbs/62b_pieces.ipynb #13d8baf9
 class Pager(W.HBox):
-    "◀ number ▶; `.index` counts from 0, `fn` is told of each change."
+    "◀ number ▶; a reader counts from 1, `.index` and `fn`, which is told of each change, from 0."
     def __init__(self,
         fn, # called with the number
         words: str = "piece_number" # row of messages: what is counted
@@ -62,15 +62,15 @@ class Pager(W.HBox):
         self.n, self.fn = 0, fn
         wide = W.Layout(width="120px")
         self.back, self.on = label(W.Button(layout=wide), description="piece_last"), label(W.Button(layout=wide), description="piece_next")
-        self.at = label(W.BoundedIntText(0, min=0, max=0, style=dict(description_width="initial"), layout=W.Layout(width="200px")), description=words)
+        self.at = label(W.BoundedIntText(1, min=1, max=1, style=dict(description_width="initial"), layout=W.Layout(width="200px")), description=words)
         self.of = tell(W.Label(), lambda w: setattr(w, "value", phrase("piece_of", n=self.n)))
         super().__init__([self.back, self.at, self.of, self.on], layout=W.Layout(flex_flow="row wrap"))
         self.back.on_click(lambda _: self._go(-1)); self.on.on_click(lambda _: self._go(1))
-        self.at.observe(lambda change: self.fn(change.new), "value")
+        self.at.observe(lambda change: self.fn(change.new - 1), "value")
         self.set(0)
 
     @property
-    def index(self) -> int: return self.at.value # counted from 0
+    def index(self) -> int: return self.at.value - 1 # counted from 0
 
     def set(self,
         n: int, # how many there are
@@ -78,10 +78,10 @@ class Pager(W.HBox):
     ) -> None:
         "Other things to walk through."
         self.n, was, at = n, self.index, min(at, max(n - 1, 0))
-        self.at.max = max(n - 1, self.index)
+        self.at.max = max(n, was + 1)
         self.of.value = phrase("piece_of", n=n)
         for w in self.children: w.disabled = n < 1
-        self.at.value = at; self.at.max = max(n - 1, 0)
+        self.at.value = at + 1; self.at.max = max(n, 1)
         if n and at == was: self.fn(at)
 
-    def _go(self, step): self.at.value = min(max(self.index + step, 0), self.n - 1)
+    def _go(self, step): self.at.value = min(max(self.at.value + step, 1), self.n)
