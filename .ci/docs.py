@@ -274,11 +274,16 @@ def build():
     from sphinx.cmd.build import build_main
     os.environ.setdefault("PYTHONHASHSEED", "0")
     stage()
-    code = build_main(["-q", "-T", "-j", "2", "-c", str(DOCS), "-d", str(WORK / "doctrees"), "-w", str(WORK / "warnings.txt"), "-b", "html", str(SITE), str(WORK / "html")])  # MyST-NB lays its pictures beside the output
+    built = WORK / "html"
+    if not (built / "searchindex.js").exists(): shutil.rmtree(WORK / "doctrees", ignore_errors=True)  # a build that was cut short
+    for page in [*built.glob("rooms/*.html"), *built.glob("api/*.html")]:  # Sphinx leaves pages whose source went
+        source = SITE / page.relative_to(built)
+        if not (source.with_suffix(".ipynb").exists() or source.with_suffix(".md").exists()): page.unlink()
+    code = build_main(["-q", "-T", "-j", "2", "-c", str(DOCS), "-d", str(WORK / "doctrees"), "-w", str(WORK / "warnings.txt"), "-b", "html", str(SITE), str(built)])  # MyST-NB lays its pictures beside the output
     said = (WORK / "warnings.txt").read_text(encoding="utf-8")
     if code: sys.exit(said or "Sphinx ended with an error, see above")
     shutil.rmtree(OUT, ignore_errors=True)
-    shutil.copytree(WORK / "html", OUT, ignore=shutil.ignore_patterns(".buildinfo"))
+    shutil.copytree(built, OUT, ignore=shutil.ignore_patterns(".buildinfo"))
     bad, away = check()
     (OUT / "external_links.txt").write_text("\n".join(away) + "\n", encoding="utf-8")
     if said or bad: sys.exit("\n".join([said, "broken links:", *bad]))
