@@ -65,6 +65,7 @@ class Growing:
         if path: self.tail.rows = []
         return self.scores
 
+# %% ../../nbs/65a_evaluate_panel.ipynb #b0aa5451
 def score_rows(
     found: dict # (model, task) -> {subject: scores}
 ) -> list: # of dict
@@ -127,6 +128,7 @@ messages(
 SHORT = ["protocol", "limit", "output"] # knobs that are open at the start
 _OURS = ("model", "data_path", "task") # with controls of their own
 
+# %% ../../nbs/65a_evaluate_panel.ipynb #cd547fa8
 class EvaluatePanel(Panel):
     "Models, data, tasks; scores by subject as they come; comparisons; questions and answers. `.on_new_model(path)` fills in a model."
     key = "panel_evaluate"
