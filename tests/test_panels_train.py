@@ -198,3 +198,13 @@ def test_no_page_takes_a_name_of_ipywidgets():
         own = vars(getattr(importlib.import_module(f"ascend_nb.ui.{room}"), name))
         taken = [n for n in own if callable(getattr(W.VBox, n, None)) and not n.startswith("__") and n != "_repr_mimebundle_"]
         assert not taken, f"{name}: {taken}"
+
+
+def test_a_switch_of_the_language_leaves_the_open_topic_and_what_was_typed(here):
+    page = TrainPanel()
+    page.pages.chosen.index = 2
+    form = page.pages.form
+    next(iter(form.fields.values())).control.value = "q_proj"
+    try: switch("zh"); assert page.pages.chosen.index == 2 and page.pages.form is form and next(iter(form.fields.values())).control.value == "q_proj"
+    finally: switch("en")
+    shut(page)

@@ -27,6 +27,7 @@ from ascend_nb.ui.forms import CodeView, command_line, form, python_cell
 from ascend_nb.ui.presets import differences, preset, presets, price, with_presets
 from ascend_nb.ui.run_view import Tail, draw, show_run, summary
 from conftest import ROOT
+from pointing import shut
 
 WHOLE = [RunConfig(), TrainConfig(), QuickstartConfig(), SampleConfig(), PreprocessConfig(input="a", output_prefix="b", tokenizer_name_or_path="c"), EvalConfig("m", "d"), FetchConfig("hf:a/b", "x"),
          GenerateConfig(model="m", stop=["a b", "c"]), ChatConfig(model="m"), RunConfig(train=TrainConfig(lr=1e-3, dtype="bf16"))]
@@ -217,7 +218,8 @@ def begun(tmp_path, monkeypatch):
     monkeypatch.setenv("ASCEND_NB_LANG", "en")
     page = with_presets(form(RunConfig(train=TrainConfig(load="models/mine", save="runs/mine")), only=("train.lr", "train.stage", "train.train_iters")), str(tmp_path / "run.yaml"))
     page.bar.thread.join()
-    return page
+    yield page
+    shut(page)
 
 
 def text_of(page):

@@ -27,7 +27,7 @@ messages(
     panel_plan=("Plan", "规划"),
     panel_plan_about=("How a model lies on many devices, before anything runs: what each stage holds, how fast a step is, what makes it fit. All numbers are predictions.",
                       "在运行之前查看模型在多个设备上的布局：每个阶段占用多少显存、一步需要多久、怎样才能放得下。所有数字均为预测值。"),
-    planp_model=("model", "模型"), planp_free=("planner's choice", "由规划器选择"), planp_known=("shapes that come along", "内置的模型形状"), planp_none=("(choose)", "（请选择）"), planp_layout=("layout", "布局"), planp_yaml=("write to", "写入文件"),
+    planp_model=("model", "模型"), planp_free=("auto", "自动"), planp_known=("known shapes", "内置形状"), planp_none=("(choose)", "（请选择）"), planp_layout=("layout", "布局"), planp_yaml=("write to", "写入文件"),
     planp_write=("Write YAML", "写出 YAML"), planp_hand=("Train this", "用此布局训练"), planp_fit=("Make it fit", "使其放得下"), planp_loosen=("All to the planner", "全部交给规划器"),
     planp_stage=("stage {n}", "阶段 {n}"), planp_full=("too much by {over:.1f} GiB", "超出 {over:.1f} GiB"), planp_of=("{have:.1f} of {room:.1f} GiB", "占用 {have:.1f} / {room:.1f} GiB"),
     planp_shape=("{size:.2f} billion parameters, {layers} layers, width {wide}", "参数量 {size:.2f}B，{layers} 层，宽度 {wide}"),
@@ -75,7 +75,7 @@ class Choice(W.SelectionSlider):
         value # at the start; 0 or "": the planner's choice
     ):
         self.free, self.values = KNOBS[name].default, set(CHOICES[name])
-        super().__init__(options=[("", self.free)], description=name, continuous_update=False, style=dict(description_width="90px"), layout=W.Layout(width="340px"))
+        super().__init__(options=[("", self.free)], description=name, continuous_update=False, style=dict(description_width="90px"), layout=W.Layout(width="350px"))
         self.take(value)
         tell(self, lambda s: s.offer())
 
@@ -128,7 +128,7 @@ class PlanPanel(Panel):
     def on_run(self): return self._on_run # called with a RunConfig; none: there is no button for it
     @on_run.setter
     def on_run(self, fn): # called with a RunConfig
-        self._on_run = fn; self.hand.layout.display = "inline-flex" if fn else "none"
+        self._on_run = fn; self.hand.layout.display = "inline-block" if fn else "none"
 
 # %% ../../nbs/64_plan_panel.ipynb #87957839
 def _controls(self: PlanPanel):

@@ -61,11 +61,12 @@ class Pages(W.VBox):
         self._build()
 
     def _name(self, buttons): # words change, the page stays
-        at = buttons.index
-        with buttons.hold_trait_notifications(): buttons.options = [(phrase(k), k) for k in self.pages]; buttons.index = at
+        at, self.telling = buttons.index, True # new options begin at the first
+        buttons.options = [(phrase(k), k) for k in self.pages]
+        buttons.index, self.telling = at, False
 
     def _open(self, change):
-        if change.new is None: return
+        if change.new is None or self.telling: return
         if not self.form.errors: self.cfg = self.form.value
         self._build()
 
