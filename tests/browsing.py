@@ -84,8 +84,11 @@ def browser(**kw):
         context.route(re.compile(r"^https?://(?!127\.0\.0\.1|localhost)"), refuse)
         page = context.new_page()
         page.set_default_timeout(60_000)
-        yield page, afar
-        chrome.close()
+        try: yield page, afar
+        except BaseException:
+            with contextlib.suppress(Exception): shot(page, "failed")
+            raise
+        finally: chrome.close()
 
 
 def open_lab(page, root, token, notebook="studio.ipynb"):

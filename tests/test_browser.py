@@ -18,7 +18,7 @@ def desk(tmp_path):
     "A folder to work in, with a data file of its own and the studio's notebook."
     chromium()
     shutil.copy(SAMPLES / "instruct.json", tmp_path / "instruct.json")
-    shutil.copytree(SAMPLES / "tokenizer", tmp_path / "tokenizer")
+    for folder in ("tokenizer", "town_quiz", "npu_profile"): shutil.copytree(SAMPLES / folder, tmp_path / folder)
     write_notebook(tmp_path)
     return tmp_path
 
@@ -33,7 +33,9 @@ def test_first_run_by_clicking(desk):
         _data(page)
         _train(page, desk)
         _dies_and_is_found(page, root, token)
-        _chat(page, desk)
+        _chat(page)
+        _evaluate(page)
+        _profile(page)
         assert not afar
 
 
@@ -96,7 +98,7 @@ def _dies_and_is_found(page, root, token):
     says(page, "stopped", 60)
 
 
-def _chat(page, desk):
+def _chat(page):
     tab(page, "Chat")
     fill(page, "model or run", "runs/run")
     press(page, "Load")
@@ -105,6 +107,26 @@ def _chat(page, desk):
     press(page, "Send")
     says(page, "tokens/s, ended", 90)
     shot(page, "studio_chat")
+
+
+def _evaluate(page):
+    tab(page, "Evaluate")
+    fill(page, "models", "runs/run")
+    fill(page, "data folder", "town_quiz")
+    page.locator("label:visible", has_text="mmlu").first.click()
+    press(page, "Start evaluating")
+    says(page, "evaluate: finished", 180)
+    says(page, "town|mira|clock|all")
+    shot(page, "studio_evaluate")
+
+
+def _profile(page):
+    tab(page, "Profile")
+    fill(page, "recording", "npu_profile")
+    press(page, "Read the recording")
+    page.locator("button:visible, .jupyter-widget-Collapse-header:visible", has_text="Plots").first.click()
+    page.locator("img:visible").first.wait_for()
+    shot(page, "studio_profile")
 
 
 def _pid(kernel):

@@ -160,7 +160,8 @@ def test_every_label_of_the_studio_has_both_languages(here):
     from ascend_nb import config
     from ascend_nb.schema import knobs
     from ascend_nb.tasks import TASKS
-    names = {*TASKS} | {k.name for c in vars(config).values() if isinstance(c, type) and hasattr(c, "__dataclass_fields__") for k in knobs(c)}
+    names = {k.name for c in vars(config).values() if isinstance(c, type) and hasattr(c, "__dataclass_fields__") for k in knobs(c)}
+    names |= {*TASKS}
     desk = studio()
     for key in PAGES: desk.page(key)
     en = _words(desk, [])

@@ -12,6 +12,7 @@ from ascend_nb.config import (
     EvalConfig,
     FetchConfig,
     GenerateConfig,
+    PlanConfig,
     PreprocessConfig,
     QuickstartConfig,
     RunConfig,
@@ -19,8 +20,11 @@ from ascend_nb.config import (
     TrainConfig,
 )
 from ascend_nb.core import MESSAGES, UserError
-from ascend_nb.schema import from_dict, knobs, parse_args
+from ascend_nb.planner import plan, shape_of_plan
+from ascend_nb.schema import from_dict, knobs, load_yaml, parse_args, save_yaml
+from ascend_nb.ui.bilingual import switch
 from ascend_nb.ui.forms import CodeView, command_line, form, python_cell
+from ascend_nb.ui.presets import differences, preset, presets, price, with_presets
 from ascend_nb.ui.run_view import Tail, draw, show_run, summary
 from conftest import ROOT
 
@@ -157,3 +161,94 @@ def test_in_a_real_kernel():
     NotebookClient(nb, timeout=60, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}).execute()
     data = nb.cells[0].outputs[-1]["data"]
     assert "application/vnd.jupyter.widget-view+json" in data and "0.0003" not in data["text/plain"] and "1e-3" in data["text/plain"]
+
+
+@pytest.mark.parametrize("cfg,name,unit", [(TrainConfig(), "train_iters", "steps"), (TrainConfig(), "micro_batch_size", "samples"), (SampleConfig(), "max_new_tokens", "tokens"),
+    (PlanConfig(), "save_gb_s", "GB/s"), (PlanConfig(), "restart_minutes", "minutes"), (TrainConfig(), "lr", ""), (TrainConfig(), "load", "")])
+def test_a_number_has_its_unit(cfg, name, unit):
+    box = form(cfg).fields[name,].box
+    said = [w.value for row in box.children for w in getattr(row, "children", ()) if isinstance(w, W.Label)]
+    assert said == [unit] * bool(unit)
+
+
+def test_a_form_takes_another_config():
+    f = form(TrainConfig())
+    seen = []
+    f.on_change(lambda f: seen.append(f.errors))
+    f.fill(TrainConfig(lr=1e-5, stage="sft", deterministic=True, load="m"))
+    assert f.value == TrainConfig(lr=1e-5, stage="sft", deterministic=True, load="m") and seen == [{}]
+
+
+def test_an_open_form_follows_the_language(monkeypatch):
+    monkeypatch.setenv("ASCEND_NB_LANG", "en")
+    f = form(TrainConfig())
+    f.code.button.click()
+    folded = next(c for c in f.children if isinstance(c, W.Accordion))
+    words = lambda: (f.status.value, f.code.button.description, folded.get_title(0), f.code.text.value)
+    english = words()
+    switch("zh")
+    assert all(re.search(r"[\u4e00-\u9fff]", w) for w in words())
+    switch("en")
+    assert words() == english and not any(re.search(r"[\u4e00-\u9fff]", w) for w in english)
+
+
+@pytest.mark.parametrize("name", presets())
+def test_a_preset_is_a_run_that_fits(name):
+    row, cfg = presets()[name], preset(name)
+    p = price(cfg, shape_of_plan(row["shape"]), row["devices"], row["device"])
+    assert 0 < p["memory"] < p["room"] and p["minutes"] > 0
+    assert re.search(r"[\u4e00-\u9fff]", row["title"][1] + row["about"][1]) and row["title"][0] and row["about"][0]
+
+
+def test_a_price_is_the_planners():
+    cfg = preset("full-eight-cards")
+    c = shape_of_plan("qwen2-7b")
+    want = plan(PlanConfig(model="qwen2-7b", devices=8, seq=4096, global_batch=64, tp=1, pp=1, cp=1, micro=1, zero=3, recompute="none")).best[0]
+    got = price(cfg, c, 8)
+    assert abs(got["memory"] * 2**30 - want["memory"]) < 1 and abs(got["minutes"] * 60 / cfg.train.train_iters - want["seconds"]) < 1e-6
+    lora, whole = preset("lora-one-card"), preset("lora-one-card")
+    whole.tune.lora_target_modules = []
+    a, b = price(lora, c), price(whole, c)
+    assert a["memory"] < b["memory"] - 10 * c.num_params() / 2**30 # neither moments, nor fp32 copies, nor gradients of what does not learn
+
+
+@pytest.fixture
+def begun(tmp_path, monkeypatch):
+    monkeypatch.setenv("ASCEND_NB_LANG", "en")
+    page = with_presets(form(RunConfig(train=TrainConfig(load="models/mine", save="runs/mine")), only=("train.lr", "train.stage", "train.train_iters")), str(tmp_path / "run.yaml"))
+    page.bar.thread.join()
+    return page
+
+
+def text_of(page):
+    from ascend_nb.ui.static import as_text
+    page.bar.thread.join()
+    return as_text(page.bar)
+
+
+def test_a_form_begins_with_a_preset_and_tells_what_differs(begun):
+    bar, f = begun.bar, begun.children[1]
+    bar.pick.value = "lora-one-card"
+    assert f.value == preset("lora-one-card", RunConfig(train=TrainConfig(load="models/mine", save="runs/mine"))) and f.value.train.load == "models/mine"
+    assert "nothing differs" in text_of(begun) and "GiB on 1 x atlas-a2" in text_of(begun) and "upper bound" in text_of(begun)
+    f.fields["train", "lr"].control.value = "5e-05"
+    assert differences(preset("lora-one-card", f.value), f.value) == [dict(knob="train.lr", was="0.0001", now="5e-05")]
+    assert "train.lr  0.0001  5e-05" in text_of(begun)
+    switch("zh")
+    assert "单卡 LoRA" in text_of(begun) and "当前" in text_of(begun) and bar.pick.value == "lora-one-card"
+
+
+def test_yaml_goes_there_and_back(begun, tmp_path):
+    bar, f = begun.bar, begun.children[1]
+    bar.pick.value = "full-eight-cards"
+    bar.save.click()
+    assert load_yaml(RunConfig, tmp_path / "run.yaml") == f.value and "Saved to" in text_of(begun) and [p.name for p in tmp_path.iterdir()] == ["run.yaml"]
+    save_yaml(RunConfig(train=TrainConfig(lr=1.0, save="x")), tmp_path / "run.yaml")
+    bar.read.click()
+    assert f.value.train.lr == 1.0 and f.value.train.save == "x"
+    (tmp_path / "run.yaml").write_text("train: {lerning_rate: 1}")
+    bar.read.click()
+    assert "unknown" not in text_of(begun) and "Found the key 'lerning_rate'" in text_of(begun) and f.value.train.lr == 1.0
+    f.fields["train", "lr"].control.value = "fast"
+    bar.save.click()
+    assert "expected a float" in text_of(begun) and "lerning" in (tmp_path / "run.yaml").read_text()
