@@ -120,6 +120,20 @@ def test_what_was_found_is_told_again_in_chinese(page):
     finally: switch("en")
 
 
+def test_a_registry_shows_its_first_data_set_and_is_not_trained_on_as_it_is(page, tmp_path):
+    (tmp_path / "chats.json").write_text(json.dumps(json.loads(CHATS.read_text())[:5]))
+    (tmp_path / "dataset_info.json").write_text(json.dumps(dict(town=dict(file_name="chats.json"))))
+    text = look(page, tmp_path)
+    assert "town: chat" in text and page.pager.n == 5 and page.row[0] is not None
+    given = []
+    page.on_data = lambda *what: given.append(what)
+    page.take.click()
+    assert "names of data sets" in as_text(page.trouble) and not given
+    look(page, tmp_path / "chats.json")
+    page.take.click()
+    assert given == [(str(tmp_path / "chats.json"), page.tokenizer.value)]
+
+
 def test_a_path_is_found_by_walking(tmp_path):
     for n in ("a/deep/x.jsonl", "a/y.jsonl"): (tmp_path / n).parent.mkdir(parents=True, exist_ok=True); (tmp_path / n).write_text("{}")
     box, seen = PathBox(str(tmp_path)), []

@@ -87,6 +87,7 @@ def test_scores_grow_while_the_evaluator_writes(tmp_path):
     assert g.read() == {"people": [1.0, 0.0]}
     log.add([sample(0, True, "places")])
     assert g.read() == {"people": [1.0, 0.0], "places": [1.0]}
+    assert Growing(tmp_path / "samples_quiz.jsonl", since=4e9).read() == {} # of a run that was killed before
     shutil.move(tmp_path / "samples_quiz.jsonl.part", tmp_path / "samples_quiz.jsonl")
     assert g.read() == {"people": [1.0, 0.0], "places": [1.0]} # the whole file, from its start
     assert Growing(tmp_path / "samples_quiz.jsonl", since=4e9).read() == {} # another run's

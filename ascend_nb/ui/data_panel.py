@@ -36,6 +36,7 @@ messages(
     panel_data_about=("Find out what a file is, look at rows as the model sees them, and turn them into tokens for training.", "查看文件是什么、模型看到的样本是什么样，并把数据处理成训练用的词元。"),
     data_path=("data", "数据路径"), data_tokenizer=("tokenizer", "分词器目录"), data_limit=("rows read", "读取行数"), data_limit_tip=("of each file; 0: all", "每个文件最多读取的行数；0 表示全部"),
     data_look=("Look at it", "查看数据"), data_pairs=("tokens, made before: {names}", "已处理好的词元：{names}"), data_none=("Found no path to data; expected one. Type it, or browse.", "没有给出数据路径。请输入路径或浏览选择。"),
+    data_first=("Found the names of data sets in {path}; expected one data set for training. Open its section for tokens, preprocess it, and train on the result.", "{path} 中是数据集名称；训练需要单个数据集。请在“处理成词元”中先处理，再用结果训练。"),
     data_cut=("seq_length", "截断长度 seq_length"), data_cut_tip=("where a sample would be cut; 0: nowhere", "样本在此长度处截断；0 表示不截断"),
     data_read=("read, not learned", "只读取，不学习"), data_learned=("learned", "参与学习的词元"), data_beyond=("behind the cut", "截断之后"),
 )
@@ -141,7 +142,7 @@ class DataPanel(Panel):
         self.give, self.see = (label(W.Button(layout=W.Layout(display="none", width="auto")), description=k) for k in ("data_give", "data_see"))
         self.job = ErrandView("preprocess", self._made, under)
         super().__init__([self.path, self.tokenizer, self.limit, W.HBox([self.look, self.take]), self.told, self.code, self.more, self.job, self.made, W.HBox([self.give, self.see])])
-        for button, do in ((self.look, lambda _: self.inspect()), (self.take, lambda _: self._hand(self.what(), self.tokenizer.value)), (self.see, lambda _: self._see()),
+        for button, do in ((self.look, lambda _: self.inspect()), (self.take, lambda _: self._hand(None if self.found.form == "dataset_info.json" else self.found.path, self.tokenizer.value)), (self.see, lambda _: self._see()),
                            (self.give, lambda _: self._hand(self.result["data_path"], self.made_with))): button.on_click(do)
 
     def _browser(self):
@@ -208,6 +209,7 @@ def _see(self: DataPanel): self.path.value = self.result["data_path"]; self.insp
 
 def _hand(self: DataPanel, path, tokenizer):
     with self.guard():
+        if path is None: raise UserError("data_first", path=self.found.path)
         if self.on_data is None: raise UserError("data_pass", path=path)
         self.on_data(path, tokenizer)
 

@@ -48,14 +48,13 @@ class Growing:
     "The scores of one model on one task, read while they are written."
     def __init__(self,
         path, # samples_TASK.jsonl
-        since: float = 0 # seconds since the epoch; a whole file from before is another run's
+        since: float = 0 # seconds since the epoch; a file from before is another run's
     ): self.path, self.since, self.tail, self.scores = Path(path), since, None, {}
 
     def read(self) -> dict: # subject -> list of scores, in order
         "What is there now."
-        part = self.path.with_name(self.path.name + ".part")
-        whole = self.path.is_file() and self.path.stat().st_mtime >= self.since
-        path = part if part.is_file() else self.path if whole else None
+        both = self.path.with_name(self.path.name + ".part"), self.path
+        path = next((p for p in both if p.is_file() and p.stat().st_mtime >= self.since), None)
         if path and (self.tail is None or self.tail.path != path): self.tail, self.scores = Tail(path), {}
         if path and path.stat().st_size < self.tail.offset: self.scores = {}
         if path: self.tail.read()
