@@ -196,6 +196,18 @@ def test_a_finished_run_is_the_next_pages_model(here):
     desk.beat.stop(); shut(desk)
 
 
+def test_a_preset_fills_the_form_and_tells_its_price(here):
+    page = TrainPanel()
+    page.presets.selected_index = 0
+    presets, = page.presets.children[0].children
+    other = [name for _, name in presets.pick.options if name != presets.pick.value][0]
+    before = page.pages.value
+    presets.pick.value = other
+    if presets.thread: presets.thread.join(60)
+    assert page.pages.value != before and any(c.isdigit() for c in as_text(presets.price)), as_text(presets)
+    shut(page)
+
+
 def test_a_job_that_runs_is_not_started_by_looking(here):
     TrainPanel()
     assert jobs.list_jobs("runs") == []

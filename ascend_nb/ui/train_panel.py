@@ -29,7 +29,7 @@ messages(
     tr_cards=("cards", "NPU 卡号"), tr_cards_tip=("Numbers of the NPUs, with commas between; empty: the first ones", "NPU 编号，以逗号分隔；留空则使用最前面的几张"),
     tr_runs=("Runs in", "运行目录所在"), tr_look=("Look for runs", "查找运行"), tr_run=("run", "运行"), tr_none=("no run yet", "还没有运行"),
     tr_going=("{n} still going: attached to {name}", "{n} 个任务仍在运行：已附加到 {name}"), tr_found=("{n} runs found, none is going", "找到 {n} 个运行，均已结束"),
-    tr_over=("Lay curves over each other", "叠加曲线"), tr_report=("Copy for a bug report", "复制以报告问题"), tr_again=("Go on", "继续训练"),
+    tr_presets=("Presets and files: price, load, save, what differs", "预设与配置文件：开销、加载、保存与差异"), tr_over=("Lay curves over each other", "叠加曲线"), tr_report=("Copy for a bug report", "复制以报告问题"), tr_again=("Go on", "继续训练"),
     tr_again_tip=("Go on from the newest whole step", "从最新的完整检查点继续"),
     tr_no_data=("No data_path: type a prefix or a file, or hand one over from the page Data.", "尚未填写 data_path：请输入前缀或文件，或在“数据”页移交。"),
     tr_lost_data=("Found neither data nor a .bin/.idx pair at {path}: check data_path.", "在 {path} 没有找到数据文件或 .bin/.idx：请检查 data_path。"),
@@ -140,7 +140,8 @@ class TrainPanel(Panel):
         self.again = label(W.Button(icon="step-forward"), description="tr_again", tooltip="tr_again_tip")
         self.found, self.now, self.more = W.HTML(), W.VBox(), W.Accordion([W.VBox(), W.VBox()], selected_index=None)
         self.need, row = W.HTML(), W.Layout(flex_flow="row wrap")
-        left = [self.pages, self.need, W.HBox([self.go, self.nproc, self.cards], layout=row)]
+        self.presets = W.Accordion([W.VBox()], selected_index=None)
+        left = [self.presets, self.pages, self.need, W.HBox([self.go, self.nproc, self.cards], layout=row)]
         right = [W.HBox([self.folder, self.look], layout=row), W.HBox([self.runs, self.again], layout=row), self.found, self.now, self.more]
         side = lambda children: W.VBox(children, layout=W.Layout(flex="1 1 580px", min_width="420px"))
         super().__init__([W.HBox([side(left), side(right)], layout=W.Layout(flex_flow="row wrap-reverse", align_items="flex-end"))]) # a narrow page shows what goes on first
@@ -151,6 +152,8 @@ class TrainPanel(Panel):
 def _wire(self: TrainPanel):
     "What a click does."
     from ascend_nb.ui.bilingual import titles
+    titles(self.presets, "tr_presets")
+    self.presets.observe(self._preset, "selected_index")
     titles(self.more, "tr_over", "tr_report")
     self.more.observe(self._opened, "selected_index")
     self.go.on_click(lambda b: self.start())
@@ -209,6 +212,12 @@ def _count(self: TrainPanel):
     key = "tr_going" if n and self.going else "tr_found" if n else "tr_none"
     self.found.value = f"<i>{escape(phrase(key, n=len(self.going) if key == 'tr_going' else n, name=self.runs.value))}</i>" if n else f"<i>{escape(phrase(key))}</i>"
 
+def _preset(self: TrainPanel, change):
+    "Presets and files are built when they are looked at."
+    from ascend_nb.ui.presets import Presets
+    if change.new == 0 and not self.presets.children[0].children:
+        self.presets.children[0].children = [Presets(lambda: self.pages.value, lambda cfg: setattr(self.pages, "value", cfg))]
+
 def _opened(self: TrainPanel, change):
     "Built when it is looked at."
     if change.new == 0: self._overlay()
@@ -223,7 +232,7 @@ def _report(self: TrainPanel) -> str:
     job = self.live and self.live.job
     return "\n".join([said, "", dump_yaml(self.pages.value, changed=True), *([repr(job), job.tail(200)] if job else [])])
 
-TrainPanel.attach, TrainPanel._count, TrainPanel._opened, TrainPanel._report = attach, _count, _opened, _report
+TrainPanel.attach, TrainPanel._count, TrainPanel._preset, TrainPanel._opened, TrainPanel._report = attach, _count, _preset, _opened, _report
 
 # %% ../../nbs/64a_train_panel.ipynb #e1ddd537
 def _overlay(self: TrainPanel):
