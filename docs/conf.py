@@ -62,10 +62,13 @@ def draw_math(self, node):
     from matplotlib.font_manager import FontProperties
     out, tex = io.BytesIO(), " ".join(node.astext().split())
     for spoken, drawn in ((r"\lvert", "|"), (r"\rvert", "|"), (r"\sqrt 2", r"\sqrt{2}")): tex = tex.replace(spoken, drawn)
-    mathtext.math_to_image(f"${tex}$", out, prop=FontProperties(size=12), format="svg")
-    svg = re.search(r"<svg.*</svg>", re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", out.getvalue().decode(), flags=re.S), re.S)[0]
+    depth = mathtext.math_to_image(f"${tex}$", out, dpi=72, prop=FontProperties(size=12), format="svg")  # 12 pt are one em
+    text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->|<g id=\"patch_1\">.*?</g>", "", out.getvalue().decode(), flags=re.S)
+    svg = re.search(r"<svg.*</svg>", text, re.S)[0]
+    width, height = (float(re.search(rf' {side}="([\d.]+)pt"', svg)[1]) / 12 for side in ("width", "height"))
     kind = "math" if isinstance(node, nodes.math) else "math block"
-    self.body.append(svg.replace("<svg", f'<svg class="{kind}" role="img" aria-label="{html.escape(tex)}"', 1))
+    self.body.append(svg.replace("<svg", f'<svg class="{kind}" style="width:{width:.2f}em;height:{height:.2f}em;vertical-align:{-depth / 12:.2f}em" role="img" '
+                                         f'aria-label="{html.escape(tex)}"', 1))
     raise nodes.SkipNode
 
 
