@@ -3591,6 +3591,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'ascend_nb.ui.train_panel._count': ('train_panel.html#_count', 'ascend_nb/ui/train_panel.py'),
                                           'ascend_nb.ui.train_panel._opened': ('train_panel.html#_opened', 'ascend_nb/ui/train_panel.py'),
                                           'ascend_nb.ui.train_panel._overlay': ('train_panel.html#_overlay', 'ascend_nb/ui/train_panel.py'),
+                                          'ascend_nb.ui.train_panel._preset': ('train_panel.html#_preset', 'ascend_nb/ui/train_panel.py'),
                                           'ascend_nb.ui.train_panel._report': ('train_panel.html#_report', 'ascend_nb/ui/train_panel.py'),
                                           'ascend_nb.ui.train_panel._set_pages': ( 'train_panel.html#_set_pages',
                                                                                    'ascend_nb/ui/train_panel.py'),

@@ -93,7 +93,7 @@ def _dies_and_is_found(page, root, token):
     tab(page, "Train")
     says(page, "1 still going: attached to", 60)
     says(page, r"step \d+ of 4000, loss", 60)
-    shot(page, "studio_train")
+    shot(page, "studio")
     press(page, "Stop")
     says(page, "stopped", 60)
 
