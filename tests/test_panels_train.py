@@ -176,12 +176,24 @@ def test_every_label_of_the_studio_has_both_languages(here):
 
 def test_the_languages_of_a_page_change_without_losing_what_was_typed(here):
     page = TrainPanel(small())
+    page.pages.chosen.value = "tr_lora"
+    page.pages.chosen.value = "tr_basics"
     page.pages.form.fields["train", "lr"].control.value = "0.5"
     switch("zh")
     try: assert page.go.description == "开始训练" and page.pages.form.fields["train", "lr"].control.value == "0.5" and page.pages.chosen.value == "tr_basics"
     finally: switch("en")
     assert page.go.description == "Start"
+    page.pages.chosen.value = "tr_lora"
+    switch("zh"); switch("en")
+    assert page.pages.chosen.value == "tr_lora" and ("tune", "lora_r") in page.pages.form.fields, "the open page stays open"
     shut(page)
+
+
+def test_a_finished_run_is_the_next_pages_model(here):
+    desk = studio()
+    desk.page("panel_train").on_model("runs/first")
+    assert "runs/first" in as_text(desk.page("panel_chat")) and "runs/first" in as_text(desk.page("panel_evaluate"))
+    desk.beat.stop(); shut(desk)
 
 
 def test_a_job_that_runs_is_not_started_by_looking(here):
