@@ -138,17 +138,18 @@ class EvaluatePanel(Panel):
         self.growing, self.compared, self.samples, self.hits, self.named, self.which = {}, None, [], [], "", None
         start, wide = cfg or EvalConfig(model=[], data_path=[], output="evaluation/result.json"), dict(description_width="130px")
         self.model, self.add = PathBox("", "eval_model_path", "folder"), label(W.Button(icon="plus", layout=W.Layout(width="auto")), description="eval_add")
+        self.model.children[0].children += (self.add,)
         self.models = label(W.Textarea("\n".join(start.model), rows=2, style=wide, layout=W.Layout(width="auto", max_width="820px")), description="eval_models_box", placeholder="eval_models_hint")
         self.data = PathBox(" ".join(start.data_path), "eval_data_path")
         self.tasks = {t: W.Checkbox(t in start.task, description=t, indent=False, layout=W.Layout(width="170px")) for t in TASKS}
-        self.own = label(W.Text(" ".join(t for t in start.task if t not in TASKS), style=wide, layout=W.Layout(max_width="820px")), description="eval_own")
+        self.own = label(W.Text(" ".join(t for t in start.task if t not in TASKS), style=wide, layout=W.Layout(width="auto", max_width="820px")), description="eval_own")
         self.every, self.start = label(W.ToggleButton(layout=W.Layout(width="auto")), description="eval_every"), label(W.Button(button_style="primary", icon="play", layout=W.Layout(width="auto")), description="eval_start")
         self.form = Form(start, SHORT)
         self.table = Told(self._table)
         self.more = titles(W.Accordion([W.VBox(), W.VBox()], selected_index=None), "eval_compare", "eval_browse")
         self.job = LiveErrand(self, under)
         super().__init__([self.model, self.models, self.data, W.HBox([tell(W.HTML(), lambda w: setattr(w, "value", f"<b>{escape(phrase('eval_tasks'))}</b>")), *self.tasks.values()], layout=W.Layout(flex_flow="row wrap")),
-                          self.own, self.form, W.HBox([self.add, self.every, self.start]), self.job, self.table, self.more])
+                          self.own, self.form, W.HBox([self.every, self.start]), self.job, self.table, self.more])
         self._wire()
         self._form(SHORT)
 

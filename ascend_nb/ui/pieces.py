@@ -44,10 +44,8 @@ def frame_html(
     most: int = 12 # rows shown
 ) -> str: # HTML
     "The first rows of a table of numbers, and how many there are."
-    def plain(v): return float(v) if hasattr(v, "dtype") and v.dtype.kind == "f" else v.item() if hasattr(v, "item") else v
-    def short(v): return f"{v:.4g}" if isinstance(v, float) else v
-    rows = [{str(k): short(plain(v)) for k, v in r.items()} for r in t.head(most).to_dict("records")]
-    return table(rows, {str(c): str(c) for c in t.columns}) + f"<div>{escape(phrase('piece_rows', shown=len(rows), n=len(t)))}</div>"
+    rows = [{str(k): v.item() if hasattr(v, "item") else v for k, v in r.items()} for r in t.head(most).to_dict("records")]
+    return table(rows, {str(c): str(c) for c in t.columns}, {str(c): "{:.4g}" for c in t.columns if t[c].dtype.kind == "f"}) + f"<div>{escape(phrase('piece_rows', shown=len(rows), n=len(t)))}</div>"
 
 messages(piece_rows=("{shown} of {n:,} rows", "{n:,} 行中的 {shown} 行"), piece_last=("◀ Previous", "◀ 上一个"), piece_next=("Next ▶", "下一个 ▶"), piece_of=("of {n:,}", "共 {n:,} 个"),
          piece_number=("number", "编号"))
