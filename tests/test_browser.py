@@ -25,8 +25,8 @@ def desk(tmp_path):
 
 @browsing
 def test_first_run_by_clicking(desk):
-    "Data, mask, training, a dead kernel, a new one that finds the run, stop, chat, score, profile."
-    with lab(desk) as (root, token, _), browser() as (page, afar):
+    "Data, mask, training, a dead kernel, a new one that finds the run, stop, chat, score, profile; behind a base URL, as a reverse proxy has it."
+    with lab(desk, "/npu7/") as (root, token, _), browser() as (page, afar):
         open_lab(page, root, token)
         run_all(page)
         says(page, "kernel alive")
@@ -57,7 +57,8 @@ def test_voila_shows_the_studio_and_changes_its_language(desk):
 def _data(page):
     fill(page, "data", "instruct.json")
     fill(page, "tokenizer", "tokenizer")
-    press(page, "Look at it")
+    page.locator("button:visible", has_text="Look at it").first.focus()
+    page.keyboard.press("Enter")  # no mouse is needed
     says(page, "AlpacaStyleInstructionHandler")
     says(page, "read, not learned")
     shot(page, "studio_data")
@@ -129,6 +130,11 @@ def _profile(page):
     page.locator("button:visible, .jupyter-widget-Collapse-header:visible", has_text="Plots").first.click()
     page.locator("img:visible").first.wait_for()
     shot(page, "studio_profile")
+    page.evaluate("async () => { await window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'}) }")
+    page.wait_for_selector("body[data-jp-theme-light=false]")
+    tab(page, "Train")
+    says(page, "Basics")
+    shot(page, "studio_dark")
 
 
 def _pid(kernel):

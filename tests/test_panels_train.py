@@ -95,6 +95,16 @@ def test_a_wrong_value_closes_the_start(here):
     shut(page)
 
 
+def test_the_code_of_a_training_tells_its_processes(here):
+    page = TrainPanel(small())
+    page.nproc.value = 2
+    page.pages.chosen.value = "tr_spread"
+    page.pages.form.code.button.click()
+    said = as_text(page.pages.form.code)
+    assert "torchrun --nproc-per-node 2" in said and "-m ascend_nb.cli train --hidden-size 32" in said and "ascend_nb train --hidden-size 32" in said
+    shut(page)
+
+
 def test_curves_of_several_runs_lie_over_each_other(here):
     for name, first in (("a", 4.), ("b", 3.)):
         (here / "runs" / name).mkdir(parents=True)
@@ -126,6 +136,8 @@ def test_the_studio_is_light_and_makes_its_pages_when_they_are_opened(here):
     assert [*desk.panels] == ["panel_data"] and widgets(desk) < 90
     for i, key in enumerate(PAGES):
         desk.tab.selected_index = i
+        assert desk.tab.children[i].children, "a click is answered at once"
+        if i: desk.opening.join()
         assert key in desk.panels, as_text(desk.trouble)
     html = as_html(desk)
     assert "<script" not in html and "http" not in html.replace("http://www.w3.org", "")

@@ -7,7 +7,7 @@ __all__ = ['tell', 'label', 'titles', 'switch', 'LanguageSwitch']
 
 # %% ../../nbs/60_bilingual.ipynb #f6a04649
 import ipywidgets as W
-import os
+import os, threading
 from weakref import WeakKeyDictionary
 from ..core import lang, messages, one_of, phrase
 
@@ -53,5 +53,11 @@ class LanguageSwitch(W.ToggleButtons):
     "English | 中文, for the whole page."
     def __init__(self):
         super().__init__(options=[("English", "en"), ("中文", "zh")], value=lang(), tooltips=["English", "中文"], style=dict(button_width="90px"))
-        self.observe(lambda change: switch(change.new) if change.new != lang() else None, "value")
+        self.thread = None # a desk full of pictures takes a second to tell anew: the click does not wait for it
+        self.observe(self._click, "value")
         tell(self, lambda s: setattr(s, "value", lang())) # two switches on two pages agree
+
+    def _click(self, change):
+        if change.new == lang(): return
+        self.thread = threading.Thread(target=switch, args=(change.new,), daemon=True)
+        self.thread.start()

@@ -186,7 +186,7 @@ DataPanel.inspect, DataPanel.show, DataPanel._show_found = _inspect, _show, _sho
 def _open(self: DataPanel, section):
     "Heavy parts are built when they are opened."
     if self.found is None: return
-    if section == 1: self.more.children[1].children = [Told(lambda: lengths_html(self.found.facts) if self.found else "")]
+    if section == 1: self.drawing = self.later(lambda: Told(lambda: lengths_html(self.found.facts) if self.found else ""), lambda w: setattr(self.more.children[1], "children", [w]))
     if section == 2 and self.form is None: self._build()
 
 def _build(self: DataPanel):

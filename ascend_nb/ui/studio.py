@@ -6,7 +6,7 @@
 __all__ = ['PAGES', 'TITLES', 'HEIRS', 'Beat', 'Studio', 'train', 'studio']
 
 # %% ../../nbs/67_studio.ipynb #2f2dde5f
-import importlib, time
+import importlib, threading, time
 import ipywidgets as W
 from html import escape
 from ..core import messages, one_of, phrase
@@ -42,19 +42,30 @@ class Studio(W.VBox):
         first: str = "panel_data" # the page that is open at the start
     ):
         one_of("first", first, PAGES)
-        self.panels, self.trouble, self.beat, self.model = {}, Trouble(), Beat(), None
+        self.panels, self.trouble, self.beat, self.model, self.one = {}, Trouble(), Beat(), None, threading.RLock()
         self.tab = titles(W.Tab([W.VBox() for _ in PAGES]), *PAGES)
         title = tell(W.HTML(), lambda w: setattr(w, "value", f"<h2 style='margin:2px 12px 2px 0'>{escape(phrase('st_title'))}</h2>"))
         super().__init__([W.HBox([title, LanguageSwitch(), self.beat], layout=W.Layout(align_items="center", flex_flow="row wrap")), self.trouble, self.tab])
-        self.tab.observe(lambda change: self.page([*PAGES][change.new]) if change.new is not None else None, "selected_index")
         self.tab.selected_index = [*PAGES].index(first)
         self.page(first)
+        self.tab.observe(self._click, "selected_index")
+
+    def _click(self, change):
+        "A click is answered at once: the room of a page may have to import torch first."
+        key = [*PAGES][change.new or 0]
+        if change.new is None or key in self.panels: return
+        box = self.tab.children[change.new]
+        if not box.children: box.children = [W.HTML(f"<i>{escape(phrase('st_opening', page=phrase(key)))}</i>")]
+        self.opening = threading.Thread(target=self.page, args=(key,), daemon=True)
+        self.opening.start()
 
     def page(self,
         key: str # a page
     ): # the panel
         "Make a page, if it is not there yet."
-        if key in self.panels: return self.panels[key]
+        with self.one: return self.panels.get(key) or self._make(key)
+
+    def _make(self, key):
         room, name = PAGES[key]
         try: panel = getattr(importlib.import_module(f"ascend_nb.ui.{room}"), name)()
         except Exception as e: self.trouble.say(e); return None

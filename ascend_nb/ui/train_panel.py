@@ -157,6 +157,7 @@ def _wire(self: TrainPanel):
     titles(self.more, "tr_over", "tr_report")
     self.more.observe(self._opened, "selected_index")
     self.go.on_click(lambda b: self.start())
+    self.nproc.observe(lambda change: self._spread(), "value")
     self.look.on_click(lambda b: self.search())
     self.folder.observe(lambda change: self.search(), "value")
     self.runs.observe(lambda change: self.attach(change.new) if change.new else None, "value")
@@ -164,13 +165,18 @@ def _wire(self: TrainPanel):
     tell(self.found, lambda w: self._count())
     tell(self.need, lambda w: self._checked())
 
+def _spread(self: TrainPanel): # the code tells how many processes
+    self.pages.form.code.nproc = int(self.nproc.value)
+    self.pages.form.code.show(self.pages.form.code.cfg)
+
 def _checked(self: TrainPanel, pages=None): # a wrong value, or something that is not there, closes the start
     if not hasattr(self, "need"): return
+    if self.pages.form.code.nproc != self.nproc.value: self._spread() # the form is a new one
     why = "" if self.pages.form.errors else missing(self.pages.value)
     self.need.value = f"<span style='color:{RED}'>{escape(why)}</span>" if why else ""
     self.go.disabled = bool(self.pages.form.errors or why)
 
-TrainPanel._wire, TrainPanel._checked = _wire, _checked
+TrainPanel._wire, TrainPanel._spread, TrainPanel._checked = _wire, _spread, _checked
 
 # %% ../../nbs/64a_train_panel.ipynb #620ab233
 def start(self: TrainPanel): # the thread that starts it
