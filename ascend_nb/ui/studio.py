@@ -65,19 +65,23 @@ class Studio(W.VBox):
         "Make a page, if it is not there yet."
         with self.one: return self.panels.get(key) or self._make(key)
 
-    def _make(self, key):
-        room, name = PAGES[key]
-        try: panel = getattr(importlib.import_module(f"ascend_nb.ui.{room}"), name)()
-        except Exception as e: self.trouble.say(e); return None
-        self.trouble.say(None)
-        self.panels[key] = panel
-        self.tab.children[[*PAGES].index(key)].children = [panel]
-        self._join(key, panel)
-        return panel
-
     def __repr__(self): return as_text(self)
 
     def _repr_mimebundle_(self, **kw): return {**(super()._repr_mimebundle_(**kw) or {}), "text/html": as_html(self), "text/plain": as_text(self)}
+
+# %% ../../nbs/67_studio.ipynb #257f2cb1
+def _make(self: Studio, key):
+    "Import the room, and put its page into its tab."
+    room, name = PAGES[key]
+    try: panel = getattr(importlib.import_module(f"ascend_nb.ui.{room}"), name)()
+    except Exception as e: self.trouble.say(e); return None
+    self.trouble.say(None)
+    self.panels[key] = panel
+    self.tab.children[[*PAGES].index(key)].children = [panel]
+    self._join(key, panel)
+    return panel
+
+Studio._make = _make
 
 # %% ../../nbs/67_studio.ipynb #b4ff009a
 HEIRS = ("panel_chat", "panel_evaluate") # pages that take a finished run for their model
