@@ -246,7 +246,7 @@ def _fill(task, template, doc, words):
     known = {**words, **doc} # a row's own column of such a name counts
     try: return template.format(**{str(k): v for k, v in known.items()})
     except (KeyError, IndexError, ValueError, AttributeError) as e:
-        raise UserError("task_template", key=str(e).strip("'"), template=template, name=task.name, known=", ".join(map(str, known))) from None
+        raise UserError("task_template", key=str(e).strip("'"), template=template, name=task.name, known=", ".join(map(str, {**doc, **words}))) from None
 
 def _answers(task, doc, words): # what may be answered
     if isinstance(task.choices, str): return tuple(map(str, doc.get(task.choices) or ()))
