@@ -1,4 +1,5 @@
 """The pages for scores and for recordings, driven as a person would, with real results and the small recording of data_samples/."""
+import re
 import json
 import shutil
 from pathlib import Path
@@ -53,7 +54,7 @@ def test_the_evaluate_page_is_light_and_its_code_is_what_the_controls_say(page):
     cfg = page.form.value
     assert (cfg.model, cfg.data_path, cfg.task, cfg.limit) == (["a", "b"], ["eval"], ["mmlu", "boolq", "mine.yaml"], 7)
     import shlex
-    shown = page.form.code.text.value.split("<pre>")[3].split("</pre>")[0]
+    shown = re.split("<pre[^>]*>", page.form.code.text.value)[3].split("</pre>")[0]
     assert parse_args(EvalConfig, shlex.split(shown)[2:]) == cfg
     page.every.value = True # all knobs; what was filled in stays
     assert page.form.value == cfg and ("batch_size",) in page.form.fields
