@@ -131,7 +131,7 @@ def _profile(page):
     page.locator("img:visible").first.wait_for()
     shot(page, "studio_profile")
     page.evaluate("async () => { await window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'}) }")
-    page.wait_for_selector("body[data-jp-theme-light=false]")
+    page.wait_for_selector("body[data-jp-theme-light=false]", state="attached")
     tab(page, "Train")
     says(page, "Basics")
     shot(page, "studio_dark")
