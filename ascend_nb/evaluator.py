@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'TOGETHER', 'WRITTEN', 'choose', 'score_items', 'write_items', 'summary', 'table', 'Log', 'evaluate',
-           'save_result', 'run']
+           'save_result', 'run', 'result_files']
 
 # %% ../nbs/53_evaluator.ipynb #4a8e239f
 import hashlib, json as jsonlib, math, os, time
@@ -310,6 +310,14 @@ def run(
     Raises UserError for what is wrong with the data, the model folder or the output's name."""
     with crowd(): return _run(cfg, json)
 
+def result_files(
+    cfg: EvalConfig # of any number of models
+) -> list: # for each model the path of its result; None where nothing is written
+    "One model's result is `output`; of several each has a folder beside the comparison, which is `output`."
+    if not cfg.output: return [None] * len(cfg.model)
+    out = Path(cfg.output)
+    return [out] if len(cfg.model) == 1 else [out.parent / f"{n}_{Path(m).name}" / out.name for n, m in enumerate(cfg.model, 1)]
+
 def _run(cfg, json):
     models, world = cfg.model, rank_info().world_size
     if len(models) > 1 and world > 1: raise UserError("eval_models", n=len(models), world=world)
@@ -318,10 +326,9 @@ def _run(cfg, json):
     places = _places(cfg)
     if any(t.compare == "code" for t in places) and rank_info().is_main: say(phrase("eval_walls", walls=", ".join(f"{k}: {v}" for k, v in walls().items())))
     if cfg.output and Path(cfg.output).is_dir(): raise UserError("output_is_folder", path=cfg.output)
-    if len(models) == 1: return _one(cfg, models[0], places, cfg.output and Path(cfg.output), mesh, json)
+    if len(models) == 1: return _one(cfg, models[0], places, *result_files(cfg), mesh, json)
     each = {}
-    for n, m in enumerate(models, 1):
-        out = Path(cfg.output).parent / f"{n}_{Path(m).name}" / Path(cfg.output).name if cfg.output else None
+    for m, out in zip(models, result_files(cfg), strict=True):
         each[m] = _one(cfg, m, places, out, mesh, json, samples=True)
     found = compare(each)
     if cfg.output:

@@ -7,9 +7,11 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -86,7 +88,7 @@ def browser(**kw):
         page.set_default_timeout(60_000)
         try: yield page, afar
         except BaseException:
-            with contextlib.suppress(Exception): shot(page, "failed")
+            with contextlib.suppress(Exception): page.screenshot(path=Path(tempfile.gettempdir(), "ascend_nb_failed.png"))
             raise
         finally: chrome.close()
 

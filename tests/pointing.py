@@ -1,6 +1,9 @@
 """What tests of pages need: to wait for a page, to count it, to put it away."""
+import contextlib
 import threading
 import time
+
+from ascend_nb.ui.bilingual import put_away as shut
 
 
 def settle(page, seconds=60):
@@ -18,7 +21,9 @@ def widgets(w):
     return 1 + sum(map(widgets, getattr(w, "children", ())))
 
 
-def shut(w):
-    "A page that nobody looks at any more: it does not listen to the language."
-    for child in getattr(w, "children", ()): shut(child)
-    w.close()
+@contextlib.contextmanager
+def opened(page, **how):
+    "A page that is put away at the end."
+    shown = page(**how)
+    yield shown
+    shut(shown)

@@ -13,7 +13,7 @@ from ascend_nb.ui.data_panel import DataPanel
 from ascend_nb.ui.paths import PathBox
 from ascend_nb.ui.static import as_text
 from conftest import ROOT
-from pointing import settle, shut, widgets
+from pointing import opened, settle, shut, widgets
 from safetensors import safe_open
 from test_converters import BASE, go, make
 
@@ -22,9 +22,7 @@ CHATS, TALES = ROOT / "data_samples/instruct.json", ROOT / "data_samples/tales.j
 
 @pytest.fixture
 def page(tmp_path):
-    p = DataPanel(under=tmp_path / "errands")
-    yield p
-    shut(p)
+    with opened(DataPanel, under=tmp_path / "errands") as p: yield p
 
 
 def look(page, path):

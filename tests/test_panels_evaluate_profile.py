@@ -18,7 +18,7 @@ from ascend_nb.ui.evaluate_panel import EvaluatePanel, Growing, question_html, s
 from ascend_nb.ui.profile_panel import ProfilePanel
 from ascend_nb.ui.static import as_text
 from conftest import ROOT
-from pointing import settle, shut, widgets
+from pointing import opened, settle, shut, widgets
 
 RECORDING = ROOT / "data_samples/npu_profile"
 
@@ -29,9 +29,7 @@ def sample(i, right, subject="people", **more):
 
 @pytest.fixture
 def page(tmp_path):
-    p = EvaluatePanel(under=tmp_path / "errands")
-    yield p
-    shut(p)
+    with opened(EvaluatePanel, under=tmp_path / "errands") as p: yield p
 
 
 def an_errand(tmp_path, cfg):

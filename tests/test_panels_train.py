@@ -64,9 +64,23 @@ def test_a_training_is_started_found_again_and_stopped(here):
     page.live.kept.halt.click()
     until(lambda: job.state == "stopped")
     page.live.kept.refresh()
+    until(lambda: "none is going" in as_text(page.found))
     assert "stopped" in as_text(page.live.kept) and job.row()["step"] < 3000
     assert (here / "runs/first" / f"step_{job.row()['step']:07d}").is_dir(), "stopped without saving"
     for p in (page, other): shut(p)
+
+
+def test_a_page_that_is_left_is_put_away(here):
+    "Topics that were opened and left cost nothing: not a widget, not a word at the next switch."
+    from ascend_nb.ui.bilingual import _TOLD
+    page = TrainPanel(small())
+    counts = []
+    for _ in range(3):
+        for key in ("tr_lora", "tr_basics"): page.pages.chosen.value = key
+        switch("zh"); switch("en")
+        counts.append(len(_TOLD))
+    assert counts[0] == counts[-1], counts
+    shut(page)
 
 
 def test_a_failure_is_lifted_out_of_the_log(here):
@@ -217,6 +231,9 @@ def test_a_preset_fills_the_form_and_tells_its_price(here):
     presets.pick.value = other
     if presets.thread: presets.thread.join(60)
     assert page.pages.value != before and any(c.isdigit() for c in as_text(presets.price)), as_text(presets)
+    assert "nothing differs from it" in as_text(presets.changed)
+    page.pages.form.fields["train", "lr"].control.value = "0.123"
+    assert "train.lr" in as_text(presets.changed) and "0.123" in as_text(presets.changed), "told while one types"
     shut(page)
 
 

@@ -17,11 +17,10 @@ from ..chat import Chat
 from ..config import ChatConfig
 from ..core import HEAR, UserError, messages, phrase
 from ..generate import load
-from .bilingual import label, tell, titles
+from .bilingual import label, put_away, tell, titles
 from .forms import Form
-from .panels import RED, Panel
+from .panels import Panel
 from .paths import PathBox
-from .static import as_text
 
 # %% ../../nbs/65_chat_panel.ipynb #8dbbb84f
 messages(
@@ -187,7 +186,7 @@ def columns_of(
 # %% ../../nbs/65_chat_panel.ipynb #03343327
 def _free(self: ChatPanel) -> None:
     "Give the models up; widgets live longer than their page, so they let go of them."
-    for c in self.columns: c.chat = None; c.close()
+    for c in self.columns: c.chat = None; put_away(c)
     self.columns, self.area.children, self.heard = [], (), []
     self.hear()
     gc.collect()

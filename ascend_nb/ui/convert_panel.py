@@ -22,7 +22,6 @@ from .forms import Form
 from .panels import ErrandView, Panel, table
 from .paths import PathBox
 from .pieces import Told
-from .static import as_text
 
 # %% ../../nbs/63a_convert_panel.ipynb #f2926408
 messages(

@@ -27,8 +27,7 @@ from .panels import ErrandView, Panel
 from .paths import PathBox, found_at
 from .pieces import Pager, Told, figure_html
 from .run_view import plot_words
-from .static import as_text
-from ..views import CUT, LEARNED, READ, SampleView, _CSS, _item, find_pairs, is_raw, open_pairs, show_item, show_sample
+from ..views import CUT, LEARNED, READ, _CSS, _item, find_pairs, is_raw, open_pairs, show_item, show_sample
 
 # %% ../../nbs/63_data_panel.ipynb #c581fad6
 messages(

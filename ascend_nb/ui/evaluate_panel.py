@@ -18,14 +18,14 @@ from ..core import UserError, messages, phrase
 from ..kept import ERRANDS, Kept
 from ..keeper import JOB
 from ..schema import knobs, load_yaml, to_dict
+from ..evaluator import result_files
 from ..tasks import TASKS, get_task
-from .bilingual import label, tell, titles
+from .bilingual import label, put_away, tell, titles
 from .forms import CodeView, Form
 from .panels import ErrandView, Panel, table
 from .paths import PathBox
 from .pieces import Pager, Told, figure_html
 from .run_view import Tail
-from .static import as_text
 
 # %% ../../nbs/65a_evaluate_panel.ipynb #6ff047a4
 messages(
@@ -39,10 +39,8 @@ def sample_files(
 ) -> dict: # (model, task's name) -> where its samples will be
     "The files that an evaluation writes, as `evaluate` names them."
     if not cfg.output: return {}
-    out, many = Path(cfg.output), len(cfg.model) > 1
-    homes = {m: out.parent / f"{n}_{Path(m).name}" if many else out.parent for n, m in enumerate(cfg.model, 1)}
     names = [get_task(t, cfg.protocol, cfg.defects).name for t in dict.fromkeys(cfg.task)]
-    return {(m, t): home / f"samples_{t}.jsonl" for m, home in homes.items() for t in names}
+    return {(m, t): out.with_name(f"samples_{t}.jsonl") for m, out in zip(cfg.model, result_files(cfg), strict=True) for t in names}
 
 class Growing:
     "The scores of one model on one task, read while they are written."
@@ -199,6 +197,7 @@ def _form(self: EvaluatePanel, names):
     old, self.form = self.form, Form(self.form.value if not self.form.errors else self.form.start, names)
     self.form.on_change(lambda f: setattr(self.start, "disabled", bool(f.errors)))
     self.children = [self.form if w is old else w for w in self.children]
+    put_away(old)
     self._again()
 
 def _again(self: EvaluatePanel):
@@ -237,7 +236,7 @@ def _table(self: EvaluatePanel):
 def _made(self: EvaluatePanel, e):
     "Several models were evaluated: their comparison."
     found, cfg = e.result() or {}, load_yaml(EvalConfig, e.folder / "config.yaml")
-    if cfg.output: self.named = "\n".join(str(p) for p in ([Path(cfg.output)] if len(cfg.model) < 2 else [Path(cfg.output).parent / f"{n}_{Path(m).name}" / Path(cfg.output).name for n, m in enumerate(cfg.model, 1)]))
+    if cfg.output: self.named = "\n".join(map(str, result_files(cfg)))
     if "models" in found: self.compared = found
     if len(self.more.children[0].children): self.results.value = self.named; self.comparison.again()
     elif self.compared: self.more.selected_index = 0

@@ -9,9 +9,9 @@ __all__ = ['COMMAND_OF', 'UNITS', 'to_text', 'from_text', 'unit_of', 'Field', 'F
 # %% ../../nbs/60a_forms.ipynb #7d7e6693
 import ipywidgets as W
 import re
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, is_dataclass
 from html import escape
-from ..core import MESSAGES, UserError, lang, messages, phrase
+from ..core import UserError, messages, phrase
 from ..schema import Knob, coerce, dump_yaml, from_dict, knobs, plain_type, to_args, to_dict
 from .bilingual import label, tell
 

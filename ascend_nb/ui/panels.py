@@ -10,11 +10,9 @@ import ipywidgets as W
 import threading, time, traceback
 from contextlib import contextmanager
 from html import escape
-from pathlib import Path
 from ..core import WATCH, Progress, UserError, human_time, messages, phrase
 from ..kept import ERRANDS, LIVE, Errand, errand, errands
-from .bilingual import label, tell
-from .forms import CodeView
+from .bilingual import tell
 from .run_view import Watcher
 from .static import as_html, as_text
 
@@ -147,9 +145,10 @@ class KeptView(Watcher):
     "An errand or a training as its folder tells it; empty without one."
     def __init__(self,
         kept=None, # a Kept
-        then=None # called with it, once, when it has finished
+        then=None, # called with it, once, when it has finished
+        ended=None # called with it, once, when no process of it lives, however it ended
     ):
-        self.kept, self.then, self.told = kept, then, False
+        self.kept, self.then, self.ended, self.told = kept, then, ended, False
         self.line, self.bar, self.lines = W.HTML(), Bar(), W.HTML()
         self.halt = tell(W.Button(icon="stop", layout=W.Layout(display="none")), lambda b: setattr(b, "description", phrase(self.halting())))
         self.halt.on_click(lambda _: threading.Thread(target=self.end, daemon=True).start())
@@ -183,9 +182,10 @@ def _look(self: KeptView) -> bool: # over?
     lines = [x for x in k.tail(12).split("\n") if x and not x.startswith("{") and x != (bar or "")]
     self.lines.value = log_html([f"ascend_nb: {why}", *lines] if why and f"ascend_nb: {why}" not in lines else lines)
     self.halt.layout.display, self.halt.description = "inline-flex" if state in LIVE else "none", phrase(self.halting())
-    if state == "finished" and not self.told:
+    if state not in LIVE and not self.told:
         self.told = True
-        if self.then: self.then(k)
+        for fn in (self.ended, self.then if state == "finished" else None):
+            if fn: fn(k)
     return state not in LIVE
 
 KeptView.look = _look

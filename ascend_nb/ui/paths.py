@@ -13,7 +13,6 @@ from pathlib import Path
 from ..core import UserError, human_bytes, messages, phrase
 from .bilingual import label, tell
 from .panels import RED
-from .static import as_text
 
 # %% ../../nbs/62a_paths.ipynb #8a6b27b5
 MOST = 500 # entries of a list

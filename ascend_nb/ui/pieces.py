@@ -10,7 +10,7 @@ import ipywidgets as W
 from base64 import b64encode
 from html import escape
 from io import BytesIO
-from ..core import MESSAGES, messages, phrase
+from ..core import messages, phrase
 from .bilingual import label, tell
 from .panels import table
 

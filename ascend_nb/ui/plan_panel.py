@@ -20,7 +20,6 @@ from .bilingual import label, tell
 from .forms import CodeView
 from .panels import RED, Panel, table
 from .paths import PathBox
-from .static import as_text
 
 # %% ../../nbs/64_plan_panel.ipynb #05599bef
 messages(

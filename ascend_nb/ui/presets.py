@@ -25,7 +25,6 @@ from .bilingual import label, tell
 from .forms import Form, to_text
 from .panels import RED, Trouble, table
 from .paths import PathBox
-from .static import as_text
 
 # %% ../../nbs/62c_presets.ipynb #bbe11d25
 messages(

@@ -23,7 +23,6 @@ from .forms import CodeView
 from .panels import Panel, table
 from .paths import PathBox
 from .pieces import Told, figure_html, frame_html
-from .static import as_text
 
 # %% ../../nbs/66_profile_panel.ipynb #14070504
 messages(

@@ -10,15 +10,14 @@ import ipywidgets as W
 from html import escape
 from pathlib import Path
 from .. import jobs
-from ..config import DataConfig, RunConfig, TrainConfig
+from ..config import RunConfig
 from ..core import messages, phrase
 from ..kept import LIVE
-from ..schema import to_dict, from_dict
-from .bilingual import label, tell
+from ..schema import knobs
+from .bilingual import label, put_away, tell, titles
 from .forms import Form
 from .panels import RED, KeptView, Panel, table
 from .run_view import RunView, Tail, draw
-from .static import as_text
 from ..views import find_pairs, is_raw
 
 # %% ../../nbs/64a_train_panel.ipynb #72f20a3a
@@ -71,6 +70,7 @@ class Pages(W.VBox):
         self._build()
 
     def _build(self):
+        if self.box.children: put_away(self.form)
         self.form = Form(self.cfg, self._paths(self.pages[self.chosen.value]))
         self.form.on_change(lambda f: self.on_change(self) if self.on_change else None)
         self.box.children = [self.form]
@@ -78,7 +78,6 @@ class Pages(W.VBox):
 
     def _paths(self, patterns):
         from fnmatch import fnmatch
-        from ascend_nb.schema import knobs
         names = [".".join((*k.path, k.name)) for k in knobs(type(self.cfg))]
         return [n for n in names if any(fnmatch(n, p) for p in patterns)]
 
@@ -92,14 +91,12 @@ class Live(W.VBox):
     "A run as its folder tells it."
     def __init__(self,
         job: jobs.Job, # from launch or attach
-        then=None # called with the job when it has finished
+        then=None, # called with the job when it has finished
+        ended=None # called with it when no process of it lives
     ):
         self.job = job
-        self.view, self.kept = RunView(job.run.path), KeptView(job, then)
+        self.view, self.kept = RunView(job.run.path), KeptView(job, then, ended)
         super().__init__([self.view, self.kept])
-
-    def stop_looking(self) -> None: # the run goes on
-        for w in (self.view, self.kept): w.stop()
 
 def with_metrics(
     folder # a folder of run folders
@@ -129,7 +126,7 @@ class TrainPanel(Panel):
         cfg: RunConfig | None = None, # what the form starts with
         folder: str = "runs" # where runs are looked for
     ):
-        self.on_model, self.live = lambda path: None, None # the studio hands the model on
+        self.on_model, self.live, self.jobs, self.bar_of_presets = lambda path: None, None, {}, None # the studio hands the model on
         self.pages = Pages(cfg or RunConfig(), PAGES, self._checked)
         self.nproc = label(W.BoundedIntText(1, min=1, max=1024, layout=W.Layout(width="200px")), description="tr_nproc")
         self.cards = label(W.Text(layout=W.Layout(width="260px")), description="tr_cards", tooltip="tr_cards_tip", placeholder="tr_cards_tip")
@@ -151,7 +148,6 @@ class TrainPanel(Panel):
 # %% ../../nbs/64a_train_panel.ipynb #08289fdb
 def _wire(self: TrainPanel):
     "What a click does."
-    from ascend_nb.ui.bilingual import titles
     titles(self.presets, "tr_presets")
     self.presets.observe(self._preset, "selected_index")
     titles(self.more, "tr_over", "tr_report")
@@ -175,6 +171,7 @@ def _checked(self: TrainPanel, pages=None): # a wrong value, or something that i
     why = "" if self.pages.form.errors else missing(self.pages.value)
     self.need.value = f"<span style='color:{RED}'>{escape(why)}</span>" if why else ""
     self.go.disabled = bool(self.pages.form.errors or why)
+    if self.bar_of_presets: self.bar_of_presets.look() # what differs now, and what it costs
 
 TrainPanel._wire, TrainPanel._spread, TrainPanel._checked = _wire, _spread, _checked
 
@@ -192,8 +189,7 @@ def search(self: TrainPanel,
         found = jobs.list_jobs(self.folder.value)
         if path and str(path) not in [str(j.run.path) for j in found]: found.insert(0, jobs.attach(path))
         self.jobs = {str(j.run.path): j for j in found}
-        self.going = [n for n, j in self.jobs.items() if j.state in LIVE]
-        chosen = str(path) if path else next(iter([*self.going, *self.jobs]), None)
+        chosen = str(path) if path else next(iter([*self._going(), *self.jobs]), None)
         self.runs.options = [*self.jobs]
         self.runs.value = chosen
         if chosen and (self.live is None or path): self.attach(chosen)
@@ -208,21 +204,25 @@ def attach(self: TrainPanel,
     path: str # a run folder with a job
 ) -> None:
     "Show a run."
-    if self.live: self.live.stop_looking()
-    self.live = Live(jobs.attach(path), lambda job: self.on_model(str(job.run.path)))
+    job, old = jobs.attach(path), self.live
+    self.live = Live(job, lambda job: self.on_model(str(job.run.path)), lambda job: self._count())
     self.now.children = [self.live]
+    if old: put_away(old)
     self.more.selected_index = None
 
 def _count(self: TrainPanel):
-    n = len(getattr(self, "jobs", {}))
-    key = "tr_going" if n and self.going else "tr_found" if n else "tr_none"
-    self.found.value = f"<i>{escape(phrase(key, n=len(self.going) if key == 'tr_going' else n, name=self.runs.value))}</i>" if n else f"<i>{escape(phrase(key))}</i>"
+    going, n = self._going(), len(self.jobs)
+    key = "tr_going" if going else "tr_found" if n else "tr_none"
+    self.found.value = f"<i>{escape(phrase(key, n=len(going) or n, name=self.runs.value))}</i>"
+
+def _going(self: TrainPanel): return [n for n, j in self.jobs.items() if j.state in LIVE]
 
 def _preset(self: TrainPanel, change):
     "Presets and files are built when they are looked at."
     from ascend_nb.ui.presets import Presets
-    if change.new == 0 and not self.presets.children[0].children:
-        self.presets.children[0].children = [Presets(lambda: self.pages.value, lambda cfg: setattr(self.pages, "value", cfg))]
+    if change.new == 0 and not self.bar_of_presets:
+        self.bar_of_presets = Presets(lambda: self.pages.value, lambda cfg: setattr(self.pages, "value", cfg))
+        self.presets.children[0].children = [self.bar_of_presets]
 
 def _opened(self: TrainPanel, change):
     "Built when it is looked at."
@@ -238,7 +238,7 @@ def _report(self: TrainPanel) -> str:
     job = self.live and self.live.job
     return "\n".join([said, "", dump_yaml(self.pages.value, changed=True), *([repr(job), job.tail(200)] if job else [])])
 
-TrainPanel.attach, TrainPanel._count, TrainPanel._preset, TrainPanel._opened, TrainPanel._report = attach, _count, _preset, _opened, _report
+TrainPanel.attach, TrainPanel._count, TrainPanel._going, TrainPanel._preset, TrainPanel._opened, TrainPanel._report = attach, _count, _going, _preset, _opened, _report
 
 # %% ../../nbs/64a_train_panel.ipynb #e1ddd537
 def _overlay(self: TrainPanel):
