@@ -14,7 +14,7 @@ from itertools import chain
 from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
-from .core import UserError, atomic_file, did_you_mean, messages, one_of, phrase
+from .core import UserError, atomic_file, did_you_mean, messages, one_of, phrase, writing
 
 # %% ../nbs/12_indexed.ipynb #70817865
 MAGIC, _HEAD = b"MMIDIDX\x00\x00", struct.Struct("<9sQBQQ")
@@ -41,9 +41,6 @@ messages(
                "{path} 有 {got} 字节；{idx} 只对应 {want} 字节：两个文件不是同一次生成的。请重新复制这两个文件或重新生成。"),
     no_sequences=("Found no sequence to write to {path}; expected at least one. Check that the input has rows and that no filter drops them all.",
                   "没有任何序列可写入 {path}；至少应有一个。请检查输入是否为空、是否全部被过滤掉。"),
-    cannot_write=("Cannot write {path}: {why}; expected a folder with enough free room that you may write to. Nothing new was left under that name. "
-                  "Free some space, or choose another place.",
-                  "无法写入 {path}：{why}；应为可写且空间充足的目录。该名称下没有留下任何新文件。请释放空间或换一个位置。"),
 )
 
 def _pack(ids, dtype, path):
@@ -54,12 +51,6 @@ def _pack(ids, dtype, path):
         for got in (ids.min(), ids.max()):
             if not low <= got <= high: raise UserError("id_range", got=got, path=path, low=low, high=high, dtype=np.dtype(dtype).name)
     return np.ascontiguousarray(ids, dtype)
-
-@contextmanager
-def _writing(path):
-    "Turn the system's refusal to write into one sentence."
-    try: yield
-    except OSError as e: raise UserError("cannot_write", path=path, why=e.strerror or e) from e
 
 # %% ../nbs/12_indexed.ipynb #f71d8c31
 _TAIL = 1 << 16 # numbers kept in memory before they go to their file
@@ -87,7 +78,7 @@ class IndexedWriter:
         self.prefix, self.dtype, self.keep = Path(prefix), np.dtype(dtype).type, work is not None
         self.code = codes[one_of("dtype", np.dtype(dtype).name, codes)]
         self.finished, self.committed = False, False
-        with _writing(self.prefix):
+        with writing(self.prefix):
             self.prefix.parent.mkdir(parents=True, exist_ok=True)
             self.tmp = Path(work or tempfile.mkdtemp(prefix=f".{self.prefix.name}.tmp-", dir=self.prefix.parent))
             self.tmp.mkdir(parents=True, exist_ok=True)
@@ -113,7 +104,7 @@ def end_document(self: IndexedWriter) -> None:
 
 @patch
 def _put(self: IndexedWriter, flat, lengths):
-    with _writing(self.prefix):
+    with writing(self.prefix):
         self._bin.write(flat.data)
         self._lengths.extend(lengths)
     self.num_tokens += len(flat); self._open = self._open or len(lengths) > 0
@@ -137,7 +128,7 @@ def add_many(self: IndexedWriter,
     if len(ends) and ends[-1] != len(lengths): raise UserError("bad_documents", got=int(ends[-1]), want=len(lengths))
     first = len(self)
     self._put(_pack(ids, self.dtype, self.prefix), lengths)
-    with _writing(self.prefix): self._bounds.extend(first + ends)
+    with writing(self.prefix): self._bounds.extend(first + ends)
     self._open = False
 
 # %% ../nbs/12_indexed.ipynb #88a0e87f
@@ -146,7 +137,7 @@ def mark(self: IndexedWriter,
     sync: bool = True # wait until the disk has it, for the case that the machine stops; a killed process alone needs no waiting
 ) -> dict: # sequences, boundaries, tokens, and whether a document is open
     "How far the files are whole."
-    with _writing(self.prefix):
+    with writing(self.prefix):
         self._bin.flush(); self._lengths.flush(); self._bounds.flush()
         if sync: self.sync()
     return dict(sequences=len(self), bounds=self._bounds.n, tokens=self.num_tokens, open=self._open)
@@ -167,7 +158,7 @@ def rewind(self: IndexedWriter,
     for name, size in want.items():
         have = (self.tmp / name).stat().st_size if (self.tmp / name).is_file() else 0
         if have < size: raise UserError("short_file", path=self.tmp / name, got=have, want=size)
-    with _writing(self.prefix):
+    with writing(self.prefix):
         self._lengths.rewind(m["sequences"]); self._bounds.rewind(m["bounds"])
         self._bin = open(self.tmp / "new.bin", "ab", buffering=1 << 20) # noqa: SIM115 - closed by finish, close or discard
         self._bin.truncate(want["new.bin"])
@@ -188,7 +179,7 @@ def finish(self: IndexedWriter) -> None:
     if not len(self): raise UserError("no_sequences", path=self.prefix)
     if self._open: self.end_document()
     m, item, start = self.mark(sync=False), np.dtype(self.dtype).itemsize, np.int64(0)
-    with _writing(self.prefix), open(self.tmp / "new.idx", "wb") as idx, open(self.tmp / "lengths", "rb") as lengths, open(self.tmp / "bounds", "rb") as bounds:
+    with writing(self.prefix), open(self.tmp / "new.idx", "wb") as idx, open(self.tmp / "lengths", "rb") as lengths, open(self.tmp / "bounds", "rb") as bounds:
         idx.write(_HEAD.pack(MAGIC, 1, self.code, m["sequences"], m["bounds"]))
         shutil.copyfileobj(lengths, idx)
         lengths.seek(0)
@@ -255,7 +246,7 @@ def _move_all(writers):
     "Old files aside, new ones to their names; undone where one cannot be moved."
     moves, journal = [], writers[0].tmp / JOURNAL
     def move(a, b): os.replace(a, b); moves.append((a, b))
-    with _writing(writers[0].prefix), atomic_file(journal) as f:
+    with writing(writers[0].prefix), atomic_file(journal) as f:
         json.dump(dict(pid=os.getpid(), pairs=[[str(w.tmp.absolute()), str(w.prefix.absolute())] for w in writers]), f)
     try:
         for ext in (".idx", ".bin"):
@@ -263,7 +254,7 @@ def _move_all(writers):
                 if w.path(ext).is_file(): move(w.path(ext), w.tmp / f"old{ext}")
         for ext in (".bin", ".idx"):
             for w in writers:
-                with _writing(w.path(ext)): move(w.tmp / f"new{ext}", w.path(ext))
+                with writing(w.path(ext)): move(w.tmp / f"new{ext}", w.path(ext))
     except BaseException:
         for a, b in reversed(moves): os.replace(b, a)
         journal.unlink(); raise

@@ -8,7 +8,7 @@ __all__ = ['LIVE', 'ERRANDS', 'last_text', 'last_lines', 'Kept', 'Errand', 'erra
 # %% ../nbs/45_kept.ipynb #08e97d9f
 import json, os, socket, sys, time
 from pathlib import Path
-from .core import UserError, messages
+from .core import UserError, messages, writing
 from .keeper import ENDED, JOB, LOG, STARTED, STOP, end_family, living, read_json, start_keeper, write_json
 from .schema import save_yaml
 
@@ -130,9 +130,9 @@ def errand(
     cfg, # its config
     under=ERRANDS # a folder for its files is made here
 ) -> Errand: # started
-    "Start a command that outlives this process. Raises UserError where it does not start."
+    "Start a command that outlives this process. Raises UserError where it does not start, and where nothing can be written."
     folder = Path(under, f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**6:06d}-{command.replace(' ', '-')}").resolve()
-    folder.mkdir(parents=True)
+    with writing(folder): folder.mkdir(parents=True)
     save_yaml(cfg, folder / "config.yaml")
     words = [sys.executable, "-m", "ascend_nb.cli", *command.split(), "--config", str(folder / "config.yaml"), "--json"]
     env = {"PYTHONUNBUFFERED": "1", "ASCEND_NB_PROGRESS_S": "1"}

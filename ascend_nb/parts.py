@@ -14,8 +14,8 @@ from itertools import chain
 from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
-from .core import UserError, atomic_file, messages, phrase, say
-from .indexed import JOURNAL, IndexedWriter, _writing, one_at_a_time, roll_forward
+from .core import UserError, atomic_file, messages, phrase, say, writing
+from .indexed import JOURNAL, IndexedWriter, one_at_a_time, roll_forward
 from .packing import bin_members, pack_bins
 
 # %% ../nbs/14_parts.ipynb #0913f1b8
@@ -36,7 +36,7 @@ def _lock(path: Path, prefix):
     "Hold the file `path`, or raise. A run that was just killed may need a moment until its last process is gone."
     until = time.monotonic() + 3
     while True:
-        with _writing(prefix):
+        with writing(prefix):
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 f = open(path, "a+") # noqa: SIM115 - held for the whole run
@@ -80,7 +80,7 @@ def work_folder(
             _clear(had)
         if same and _marked(folder): say(phrase("goes_on", folder=folder))
         try:
-            with _writing(prefix), atomic_file(folder/"plan.json") as f: json.dump(plan, f)
+            with writing(prefix), atomic_file(folder/"plan.json") as f: json.dump(plan, f)
             yield folder, lock
         except BaseException:
             if _marked(folder): say(phrase("kept", folder=folder))
@@ -169,7 +169,7 @@ def put(self: Part,
     for w, (ids, lengths, documents) in zip(self.writers, batches):
         if len(lengths): w.add_many(ids, lengths, documents)
         row += [len(lengths), len(lengths) if documents is None else len(documents), len(ids)]
-    with _writing(self.folder):
+    with writing(self.folder):
         self.logs["pieces"].write(np.array(row, np.int64).tobytes())
         if items is not None: self.logs["items"].write(items.tobytes())
         for b in bad: self.logs["bad"].write(json.dumps(dict(piece=index, **b), ensure_ascii=False).encode() + b"\n")
@@ -191,7 +191,7 @@ def mark(self: Part,
     "Remember how far everything is whole. While an earlier mark is on its way to the disk, none is made."
     if self._saving and not done and not self._saving.done(): return
     self.settle()
-    with _writing(self.folder):
+    with writing(self.folder):
         for f in self.logs.values(): f.flush()
     state = dict(next=self.next, done=done, counts=dict(self.counts), files=[w.mark(sync=False) for w in self.writers],
                  logs={name: f.tell() for name, f in self.logs.items()})
@@ -201,7 +201,7 @@ def mark(self: Part,
 @patch
 def _save(self: Part, state):
     "To the disk: first what the mark speaks of, then the mark."
-    with _writing(self.folder):
+    with writing(self.folder):
         for w in self.writers: w.sync()
         for f in self.logs.values(): os.fsync(f.fileno())
         with atomic_file(self.folder/"state.json") as f: json.dump(state, f)

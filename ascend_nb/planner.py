@@ -7,7 +7,7 @@ __all__ = ['SIZES', 'GIB', 'named_shapes', 'shape_of_plan', 'words', 'Plan', 'pa
            'write_run', 'play', 'run']
 
 # %% ../nbs/56_planner.ipynb #29d70a34
-import time
+import difflib, time
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.resources import files
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from .agree import agreement, farthest
 from .config import DataConfig, ModelConfig, PlanConfig, RunConfig, TrainConfig
-from .core import UserError, atomic_file, messages, phrase
+from .core import UserError, atomic_file, did_you_mean, messages, phrase, writing
 from .costs import Layout, count, memory
 from .dry_run import dry_run, there
 from .families import config_from_hf, read_config
@@ -55,12 +55,14 @@ def shape_of_plan(
         if not c.vocab_size: raise UserError("plan_sizes", path=source, missing="vocab_size")
         return c
     known = {} if Path(source).exists() else named_shapes()
+    if known and str(source) not in known and (near := difflib.get_close_matches(str(source), known, 1)): raise UserError("plan_no_name", got=source, hint=did_you_mean(*near))
     d = known[str(source)] if str(source) in known else {k: v for k, v in read_config(source).items() if k != "quantization_config"}
     if missing := _missing(d): raise UserError("plan_sizes", path=source, missing=", ".join(missing))
     return config_from_hf(d)
 
 messages(
     plan_no_model=("Found no model; expected a Hugging Face folder, a config.json, a YAML file of `train`, or a name as qwen2-7b. Pass --model.", "没有指定模型；应为 Hugging Face 目录、config.json、`train` 的 YAML 文件，或 qwen2-7b 之类的名称。请传入 --model。"),
+    plan_no_name=("Found {got!r}, which is neither a path nor a name that the package knows.{hint}", "{got!r} 既不是路径，也不是内置的形状名称。{hint}"),
     plan_sizes=("Found {path} without {missing}; expected the model's sizes, because a plan cannot guess them. Add them to the config.", "{path} 缺少 {missing}；需要给出模型的各项大小，无法猜测。请在配置中补上。"),
     plan_no_grid=("Found no layout of {devices} devices for this model and {batch} samples a step; the nearest one: {why}. {near}", "{devices} 个设备、每步 {batch} 个样本时没有可行的布局；最接近的一个：{why}。{near}"),
     plan_near=("These numbers of devices work: {numbers}.", "可用的设备数：{numbers}。"),
@@ -237,7 +239,7 @@ def write_run(
 ) -> None:
     "The best layout's config, what is foretold of it as a comment."
     r = p.best[0]
-    with atomic_file(path) as f:
+    with writing(path), atomic_file(path) as f:
         f.write(f"# {words(r['layout'])}; on {p.device.name}: {r['memory'] / GIB:.1f} GiB, {r['seconds']:.2f} s a step, {r['tokens_per_s']:.0f} tokens/s/device, MFU {r['mfu']:.1%} (predicted)\n")
         f.write(dump_yaml(run_config(p.model, r["layout"], dtype), changed=True))
 

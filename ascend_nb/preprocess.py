@@ -16,10 +16,10 @@ import numpy as np
 from fastcore.basics import patch
 from . import __version__
 from .config import PreprocessConfig
-from .core import Progress, UserError, atomic_file, check_space, human_time, messages, phrase, say
+from .core import Progress, UserError, atomic_file, check_space, human_time, messages, phrase, say, writing
 from .encode_rows import KEYS, OUTCOMES, encoder
 from .handlers import HANDLERS, get_handler
-from .indexed import IndexedWriter, _writing, commit_all
+from .indexed import IndexedWriter, commit_all
 from .merging import merge_groups
 from .mixtures import REGISTRY, open_source
 from .packing import length_report, plot_lengths
@@ -299,7 +299,7 @@ def _result(cfg: PreprocessConfig, counts: Counter, bad: list, lengths) -> dict:
     listed = Path(f"{cfg.output_prefix}_bad_rows.jsonl")
     if cfg.on_bad_row == "report" and rows:
         out["bad_rows_file"] = str(listed)
-        with _writing(listed), atomic_file(listed) as f: f.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
+        with writing(listed), atomic_file(listed) as f: f.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
     else: listed.unlink(missing_ok=True) # of an earlier run
     if "learned" in counts: out["trained_tokens"] = counts["learned"]
     if cfg.pack: out.update(rows=counts["rows"], filled=round(counts["tokens"] / (counts["rows"] * cfg.seq_length), 4))

@@ -13,7 +13,7 @@ from functools import cache
 from importlib.resources import files
 from io import StringIO
 from pathlib import Path
-from .core import UserError, atomic_file, did_you_mean, lang, messages, phrase
+from .core import UserError, atomic_file, did_you_mean, lang, messages, phrase, writing
 
 # %% ../nbs/02_schema.ipynb #81e41034
 def knob(
@@ -245,8 +245,8 @@ def save_yaml(
     cfg, # a config
     path # where
 ) -> None:
-    "Write a config as YAML, atomically."
-    with atomic_file(path) as f: f.write(dump_yaml(cfg))
+    "Write a config as YAML, atomically. Raises UserError where nothing can be written."
+    with writing(path), atomic_file(path) as f: f.write(dump_yaml(cfg))
 
 # %% ../nbs/02_schema.ipynb #f8870532
 class _Parser(argparse.ArgumentParser):

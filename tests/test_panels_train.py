@@ -237,6 +237,29 @@ def test_a_preset_fills_the_form_and_tells_its_price(here):
     shut(page)
 
 
+def test_what_cannot_be_written_is_told(here):
+    page = TrainPanel()
+    page.presets.selected_index = 0
+    bar = page.bar_of_presets
+    (here / "a_file").write_text("")
+    bar.path.value = "a_file/run.yaml"
+    bar.save.click()
+    assert "Cannot write a_file/run.yaml" in as_text(bar.trouble)
+    bar.path.value = "new/run.yaml"
+    bar.save.click()
+    assert not bar.trouble.error and load_yaml(RunConfig, here / "new/run.yaml") == page.pages.value
+    shut(page)
+
+
+def test_the_command_writes_a_notebook_or_says_why_not(here):
+    from here import ascend
+    (here / "a_file").write_text("")
+    assert json.loads(ascend("studio", "desk", "--app", "none", "--json").stdout)["notebook"] == "desk/studio.ipynb" and (here / "desk/studio.ipynb").is_file()
+    for words, said in ((["a_file"], "Cannot write a_file/studio.ipynb"), (["desk", "--page", "panel_trian"], "Did you mean panel_train"), (["desk", "--app", "voila", "--host", "0.0.0.0"], "lets in everyone")):
+        r = ascend("studio", *words)
+        assert r.returncode == 2 and not r.stdout and said in r.stderr
+
+
 def test_a_job_that_runs_is_not_started_by_looking(here):
     TrainPanel()
     assert jobs.list_jobs("runs") == []

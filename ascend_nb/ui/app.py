@@ -9,7 +9,7 @@ __all__ = ['CELL', 'ICONS', 'TEMPLATE', 'APPS', 'write_notebook', 'write_templat
 import os, sys
 from pathlib import Path
 from ..config import StudioConfig
-from ..core import UserError, atomic_file, messages, need, one_of, phrase, say
+from ..core import UserError, atomic_file, messages, need, one_of, phrase, say, writing
 
 # %% ../../nbs/68_app.ipynb #fff82eff
 CELL = "from ascend_nb.ui.studio import studio\n\nstudio({page!r})"
@@ -24,8 +24,7 @@ def write_notebook(
     if path.exists(): return path
     cell = dict(cell_type="code", execution_count=None, id="studio", metadata={}, outputs=[], source=CELL.format(page=page))
     kernel = dict(kernelspec=dict(display_name="Python 3", language="python", name="python3"), language_info=dict(name="python"))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as f: json.dump(dict(cells=[cell], metadata=kernel, nbformat=4, nbformat_minor=5), f, indent=1)
+    with writing(path), atomic_file(path) as f: json.dump(dict(cells=[cell], metadata=kernel, nbformat=4, nbformat_minor=5), f, indent=1)
     return path
 
 # %% ../../nbs/68_app.ipynb #ea320111
@@ -43,8 +42,7 @@ def write_template(
     root = Path(folder, ".ascend_nb/jupyter").resolve()
     for name, text in TEMPLATE.items():
         path = root / "voila/templates/ascend_nb" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(path) as f: f.write(text)
+        with writing(path), atomic_file(path) as f: f.write(text)
     return root
 
 # %% ../../nbs/68_app.ipynb #de9160c9

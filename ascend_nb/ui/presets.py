@@ -117,7 +117,7 @@ class Presets(W.VBox):
         "The reason is told here."
         self.trouble.say(None)
         try: fn()
-        except UserError as e: self.trouble.say(e)
+        except Exception as e: self.trouble.say(e) # a callback's exception is seen nowhere else
 
 def _title(w): # names in the reader's language; the choice stays
     value, w.telling = w.value, True # new options begin at the first, which nobody has chosen
