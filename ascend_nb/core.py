@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MESSAGES', 'DTYPES', 'WATCH', 'HEAR', 'DETERMINISTIC', 'lang', 'messages', 'phrase', 'UserError', 'need', 'Choice',
            'check_pair', 'load_npu', 'npu_count', 'did_you_mean', 'one_of', 'pick_device', 'pick_dtype', 'Rank',
-           'rank_info', 'atomic_file', 'writing', 'atomic_dir', 'human_bytes', 'check_space', 'in_notebook',
+           'rank_info', 'atomic_file', 'atomic_dir', 'writing', 'human_bytes', 'check_space', 'in_notebook',
            'human_time', 'Progress', 'say', 'seed_all', 'make_deterministic']
 
 # %% ../nbs/00_core.ipynb #6389dd96
@@ -200,14 +200,6 @@ def atomic_file(
     finally: tmp.unlink(missing_ok=True)
 
 @contextmanager
-def writing(
-    path # what is written
-):
-    "Turn the system's refusal to write into one sentence: for what a person named and may mend. Raises UserError."
-    try: yield
-    except OSError as e: raise UserError("cannot_write", path=path, why=e.strerror or e) from e
-
-@contextmanager
 def atomic_dir(
     path, # the final name
     replace: bool = False # may it replace a folder that exists? The old one is removed only after the new one is whole
@@ -224,12 +216,23 @@ def atomic_dir(
         else: os.replace(tmp, path)
     finally: shutil.rmtree(tmp, ignore_errors=True)
 
+messages(dir_exists=("Found a folder with files at {path}; expected a new or an empty one. Choose another name or remove it.",
+                     "{path} 已存在且非空；应为新目录或空目录。请换一个名字或先删除它。"))
+
+# %% ../nbs/00_core.ipynb #5e2ab7c1
+@contextmanager
+def writing(
+    path # what is written
+):
+    "Turn the system's refusal to write into one sentence: for what a person named and may mend. Raises UserError."
+    try: yield
+    except OSError as e: raise UserError("cannot_write", path=path, why=e.strerror or e) from e
+
 messages(
     cannot_write=("Cannot write {path}: {why}; expected a folder with enough free room that you may write to. Nothing new was left under that name. "
                   "Free some space, or choose another place.",
-                  "无法写入 {path}：{why}；应为可写且空间充足的目录。该名称下没有留下任何新文件。请释放空间或换一个位置。"),
-    dir_exists=("Found a folder with files at {path}; expected a new or an empty one. Choose another name or remove it.",
-                     "{path} 已存在且非空；应为新目录或空目录。请换一个名字或先删除它。"))
+                  "无法写入 {path}：{why}；应为可写且空间充足的目录。该名称下没有留下任何新文件。请释放空间或换一个位置。")
+)
 
 # %% ../nbs/00_core.ipynb #419b114b
 def human_bytes(
