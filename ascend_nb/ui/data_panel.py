@@ -164,7 +164,7 @@ def _inspect(self: DataPanel): # the thread
 def _show_found(self: DataPanel, found):
     other, self.found, self.said_in = self.found is None or self.found.path != found.path, found, lang()
     self.told.again()
-    self.take.disabled, self.more.layout.display = False, "block"
+    self.take.disabled, self.more.layout.display = False, "flex"
     facts = found.facts.get("first", found.facts)
     n = facts["usable"] if "usable" in facts else min((v["sequences"] for v in lengths_of(facts).values()), default=0)
     if other: self.form = None; self.more.selected_index = None; self.more.selected_index = 0

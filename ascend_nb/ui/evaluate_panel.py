@@ -147,7 +147,7 @@ class EvaluatePanel(Panel):
         self.table = Told(self._table)
         self.more = titles(Folds([W.VBox(), W.VBox()]), "eval_compare", "eval_browse")
         self.job = LiveErrand(self, under)
-        super().__init__([self.model, self.models, self.data, W.HBox([label(W.Label(layout=W.Layout(flex="0 0 130px", justify_content="flex-end")), value="eval_tasks"), W.HBox([*self.tasks.values()], layout=W.Layout(flex="1 1 400px", flex_flow="row wrap"))]),
+        super().__init__([self.model, self.models, self.data, W.HBox([label(W.Label(layout=W.Layout(width="128px", justify_content="flex-end", margin="2px 4px 2px -132px")), value="eval_tasks"), *self.tasks.values()], layout=W.Layout(flex_flow="row wrap", padding="0 0 0 134px")),
                           self.own, self.form, W.HBox([self.every, self.start]), self.job, self.table, self.more])
         self._wire()
         self._form(SHORT)

@@ -19,8 +19,9 @@ class Folds(W.VBox):
         **kw # e.g. a layout
     ):
         self.pages = [*pages]
-        self.heads = [W.ToggleButton(icon="caret-right", layout=W.Layout(width="auto", margin="2px 0 0 0")) for _ in self.pages]
-        self.boxes = [W.VBox([p], layout=W.Layout(display="none", padding="8px 12px", border="1px solid var(--jp-border-color1,#bdbdbd)")) for p in self.pages]
+        self.heads = [W.ToggleButton(icon="caret-right", layout=W.Layout(width="auto", margin="2px")) for _ in self.pages]
+        self.boxes = [p if isinstance(p, W.Box) else W.VBox([p]) for p in self.pages]
+        for b in self.boxes: b.layout.display, b.layout.padding, b.layout.border = "none", "8px 12px", "1px solid var(--jp-border-color1,#bdbdbd)"
         super().__init__([w for pair in zip(self.heads, self.boxes, strict=True) for w in pair], **kw)
         for i, h in enumerate(self.heads):
             h.add_class("ascend-nb-fold")
@@ -37,13 +38,12 @@ class Folds(W.VBox):
 
     def get_title(self,
         i: int # number of a section
-    ) -> str:
+    ) -> str: # "": there is none
         "A section's name."
-        return self.heads[i].description
+        return self.heads[i].description if i < len(self.heads) else ""
 
     def _press(self, i, down):
-        if down: self.selected_index = i
-        elif self.selected_index == i: self.selected_index = None
+        if down or self.selected_index == i: self.selected_index = i if down else None
 
     def _show(self):
         for i, (head, box) in enumerate(zip(self.heads, self.boxes, strict=True)):

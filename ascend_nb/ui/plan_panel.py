@@ -141,7 +141,7 @@ def _controls(self: PlanPanel):
     self.sliders = {n: Choice(n, getattr(c, n)) for n in CHOICES}
     host = tell(W.Checkbox(c.optimizer_offload, description="optimizer_offload", style=_LEFT), lambda w: setattr(w, "tooltip", KNOBS["optimizer_offload"].help))
     self.controls = dict(device=lists["device"], devices=numbers["devices"], seq=numbers["seq"], global_batch=numbers["global_batch"], dtype=lists["dtype"], **self.sliders, optimizer_offload=host)
-    self.loosen = label(W.Button(icon="unlock", layout=W.Layout(width="auto", margin="2px 2px 2px 134px")), description="planp_loosen")
+    self.loosen = label(W.Button(icon="unlock", layout=W.Layout(width="auto", align_self="flex-start", margin="2px 2px 2px 134px")), description="planp_loosen")
     for w in self.controls.values(): w.observe(lambda _: self.ask(), "value")
     self.model.on_change(lambda _: self.ask())
     self.known.observe(lambda change: change.new and setattr(self.model, "value", change.new), "value")
