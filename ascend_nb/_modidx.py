@@ -3384,6 +3384,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'ascend_nb.ui.forms.Field': ('forms.html#field', 'ascend_nb/ui/forms.py'),
                                     'ascend_nb.ui.forms.Field.__init__': ('forms.html#field.__init__', 'ascend_nb/ui/forms.py'),
                                     'ascend_nb.ui.forms.Field.complain': ('forms.html#field.complain', 'ascend_nb/ui/forms.py'),
+                                    'ascend_nb.ui.forms.Field.note': ('forms.html#field.note', 'ascend_nb/ui/forms.py'),
                                     'ascend_nb.ui.forms.Field.read': ('forms.html#field.read', 'ascend_nb/ui/forms.py'),
                                     'ascend_nb.ui.forms.Field.write': ('forms.html#field.write', 'ascend_nb/ui/forms.py'),
                                     'ascend_nb.ui.forms.Form': ('forms.html#form', 'ascend_nb/ui/forms.py'),
