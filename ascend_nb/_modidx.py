@@ -3109,6 +3109,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'ascend_nb.trace_files.nanoseconds': ('trace_files.html#nanoseconds', 'ascend_nb/trace_files.py'),
                                        'ascend_nb.trace_files.own_time': ('trace_files.html#own_time', 'ascend_nb/trace_files.py'),
                                        'ascend_nb.trace_files.read_events': ('trace_files.html#read_events', 'ascend_nb/trace_files.py'),
+                                       'ascend_nb.trace_files.sound': ('trace_files.html#sound', 'ascend_nb/trace_files.py'),
                                        'ascend_nb.trace_files.split_time': ('trace_files.html#split_time', 'ascend_nb/trace_files.py'),
                                        'ascend_nb.trace_files.trace_tables': ('trace_files.html#trace_tables', 'ascend_nb/trace_files.py')},
             'ascend_nb.trainer': { 'ascend_nb.trainer.Callback': ('trainer.html#callback', 'ascend_nb/trainer.py'),
