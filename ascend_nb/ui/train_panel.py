@@ -17,6 +17,7 @@ from ..schema import knobs
 from .bilingual import label, put_away, tell, titles
 from .forms import Form, from_text
 from .panels import RED, KeptView, Panel, table
+from .presets import PresetFold
 from .run_view import RunView, Tail, draw
 from ..views import find_pairs, is_raw
 
@@ -28,7 +29,7 @@ messages(
     tr_cards=("cards", "NPU 卡号"), tr_cards_tip=("Numbers of the NPUs, with commas between; empty: the first ones", "NPU 编号，以逗号分隔；留空则使用最前面的几张"),
     tr_runs=("Runs in", "运行目录所在"), tr_look=("Look for runs", "查找运行"), tr_run=("run", "运行"), tr_none=("no run yet", "还没有运行"),
     tr_going=("{n} still going: attached to {name}", "{n} 个任务仍在运行：已附加到 {name}"), tr_found=("{n} runs found, none is going", "找到 {n} 个运行，均已结束"),
-    tr_presets=("Presets and files: price, load, save, what differs", "预设与配置文件：开销、加载、保存与差异"), tr_over=("Lay curves over each other", "叠加曲线"), tr_report=("Copy for a bug report", "复制以报告问题"), tr_again=("Go on", "继续训练"),
+    tr_over=("Lay curves over each other", "叠加曲线"), tr_report=("Copy for a bug report", "复制以报告问题"), tr_again=("Go on", "继续训练"),
     tr_again_tip=("Go on from the newest whole step", "从最新的完整检查点继续"),
     tr_no_data=("No data_path: type a prefix or a file, or hand one over from the page Data.", "尚未填写 data_path：请输入前缀或文件，或在“数据”页移交。"),
     tr_lost_data=("Found neither data nor a .bin/.idx pair at {path}: check data_path.", "在 {path} 没有找到数据文件或 .bin/.idx：请检查 data_path。"),
@@ -128,7 +129,7 @@ class TrainPanel(Panel):
         cfg: RunConfig | None = None, # what the form starts with
         folder: str = "runs" # where runs are looked for
     ):
-        self.on_model, self.live, self.jobs, self.bar_of_presets = lambda path: None, None, {}, None # the studio hands the model on
+        self.on_model, self.live, self.jobs = lambda path: None, None, {} # the studio hands the model on
         self.pages = Pages(cfg or RunConfig(), PAGES, self._checked)
         self.nproc = label(W.BoundedIntText(1, min=1, max=1024, layout=W.Layout(width="200px")), description="tr_nproc")
         self.cards = label(W.Text(layout=W.Layout(width="260px")), description="tr_cards", tooltip="tr_cards_tip", placeholder="tr_cards_tip")
@@ -139,7 +140,7 @@ class TrainPanel(Panel):
         self.again = label(W.Button(icon="step-forward"), description="tr_again", tooltip="tr_again_tip")
         self.found, self.now, self.more = W.HTML(), W.VBox(), W.Accordion([W.VBox(), W.VBox()], selected_index=None)
         self.need, row = W.HTML(), W.Layout(flex_flow="row wrap")
-        self.presets = W.Accordion([W.VBox()], selected_index=None)
+        self.presets = PresetFold(RunConfig, lambda: self.pages.value, lambda cfg: setattr(self.pages, "value", cfg), path="run.yaml", count=self.nproc)
         left = [self.presets, self.pages, self.need, W.HBox([self.go, self.nproc, self.cards], layout=row)]
         right = [W.HBox([self.folder, self.look], layout=row), W.HBox([self.runs, self.again], layout=row), self.found, self.now, self.more]
         side = lambda children: W.VBox(children, layout=W.Layout(flex="1 1 580px", min_width="420px"))
@@ -150,8 +151,6 @@ class TrainPanel(Panel):
 # %% ../../nbs/64a_train_panel.ipynb #08289fdb
 def _wire(self: TrainPanel):
     "What a click does."
-    titles(self.presets, "tr_presets")
-    self.presets.observe(self._preset, "selected_index")
     titles(self.more, "tr_over", "tr_report")
     self.more.observe(self._opened, "selected_index")
     self.go.on_click(lambda b: self.start())
@@ -178,7 +177,7 @@ def _checked(self: TrainPanel, pages=None): # a wrong value, or something that i
     except UserError as e: why = e.text()
     self.need.value = f"<span style='color:{RED}'>{escape(why)}</span>" if why else ""
     self.go.disabled = bool(self.pages.form.errors or why)
-    if self.bar_of_presets: self.bar_of_presets.look() # what differs now, and what it costs
+    self.presets.look() # what differs now, and what it costs
 
 TrainPanel._wire, TrainPanel._start_of, TrainPanel._spread, TrainPanel._checked = _wire, _start_of, _spread, _checked
 
@@ -226,13 +225,6 @@ def _count(self: TrainPanel):
 
 def _going(self: TrainPanel): return [n for n, j in self.jobs.items() if j.state in LIVE]
 
-def _preset(self: TrainPanel, change):
-    "Presets and files are built when they are looked at."
-    from ascend_nb.ui.presets import Presets
-    if change.new == 0 and not self.bar_of_presets:
-        self.bar_of_presets = Presets(lambda: self.pages.value, lambda cfg: setattr(self.pages, "value", cfg))
-        self.presets.children[0].children = [self.bar_of_presets]
-
 def _opened(self: TrainPanel, change):
     "Built when it is looked at."
     if change.new == 0: self._overlay()
@@ -247,7 +239,7 @@ def _report(self: TrainPanel) -> str:
     job = self.live and self.live.job
     return "\n".join([said, "", dump_yaml(self.pages.value, changed=True), *([repr(job), job.tail(200)] if job else [])])
 
-TrainPanel.attach, TrainPanel._count, TrainPanel._going, TrainPanel._preset, TrainPanel._opened, TrainPanel._report = _attach, _count, _going, _preset, _opened, _report
+TrainPanel.attach, TrainPanel._count, TrainPanel._going, TrainPanel._opened, TrainPanel._report = _attach, _count, _going, _opened, _report
 
 # %% ../../nbs/64a_train_panel.ipynb #e1ddd537
 def _overlay(self: TrainPanel):
