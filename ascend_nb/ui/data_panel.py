@@ -22,12 +22,12 @@ from ..schema import load_yaml, parse_args
 from ..tokenizers import load_tokenizer
 from ..turns import Pair, Record
 from .bilingual import label, tell, titles
+from .looks import Folds
 from .forms import CodeView, Form
 from .panels import ErrandView, Panel
 from .paths import PathBox, found_at
 from .presets import PresetFold
 from .pieces import Pager, Told, figure_html
-from .run_view import plot_words
 from ..views import CUT, LEARNED, READ, _CSS, _item, find_pairs, is_raw, open_pairs, show_item, show_sample
 
 # %% ../../nbs/63_data_panel.ipynb #c581fad6
@@ -111,10 +111,7 @@ def lengths_html(
     "A histogram for each series, its numbers below it."
     out = ""
     for key, n in lengths_of(facts).items():
-        fig = plot_lengths(n, f"{key}: {n['sequences']:,}")
-        for side, words in (("x", "u_chars" if key == "characters" else "u_tokens"), ("y", "data_samples")):
-            said = plot_words(words)
-            getattr(fig.axes[0], f"set_{side}label")(said["text"], fontfamily=said.get("fontfamily"))
+        fig = plot_lengths(n, f"{key}: {n['sequences']:,}", "u_chars" if key == "characters" else "u_tokens", "data_samples")
         out += figure_html(fig, f"{key}: {phrase('report_lengths', **n)}")
     return out
 
@@ -136,7 +133,7 @@ class DataPanel(Panel):
         self.look, self.take = label(W.Button(button_style="primary", icon="search"), description="data_look"), label(W.Button(icon="arrow-right", disabled=True), description="data_take")
         self.told, self.code = Told(lambda: self.found._repr_html_() if self.found else ""), CodeView()
         tell(self.told, lambda _: self.inspect() if self.found and self.said_in != lang() else None)
-        self.more = titles(W.Accordion([self._browser(), W.VBox(), W.VBox()], selected_index=None, layout=W.Layout(display="none")), "data_rows", "data_lengths", "data_make")
+        self.more = titles(Folds([self._browser(), W.VBox(), W.VBox()], layout=W.Layout(display="none")), "data_rows", "data_lengths", "data_make")
         self.more.observe(lambda change: self._open(change.new), "selected_index")
         self.made = Told(lambda: f"<pre>{escape(describe(self.result))}</pre>" if self.result else "")
         self.give, self.see = (label(W.Button(layout=W.Layout(display="none", width="auto")), description=k) for k in ("data_give", "data_see"))
@@ -164,7 +161,7 @@ def _inspect(self: DataPanel): # the thread
 def _show_found(self: DataPanel, found):
     other, self.found, self.said_in = self.found is None or self.found.path != found.path, found, lang()
     self.told.again()
-    self.take.disabled, self.more.layout.display = False, "block"
+    self.take.disabled, self.more.layout.display = False, "flex"
     facts = found.facts.get("first", found.facts)
     n = facts["usable"] if "usable" in facts else min((v["sequences"] for v in lengths_of(facts).values()), default=0)
     if other: self.form = None; self.more.selected_index = None; self.more.selected_index = 0
@@ -186,7 +183,7 @@ DataPanel.inspect, DataPanel.show, DataPanel._show_found = _inspect, _show, _sho
 def _open(self: DataPanel, section):
     "Heavy parts are built when they are opened."
     if self.found is None: return
-    if section == 1: self.drawing = self.later(lambda: Told(lambda: lengths_html(self.found.facts) if self.found else ""), lambda w: setattr(self.more.children[1], "children", [w]))
+    if section == 1: self.drawing = self.later(lambda: Told(lambda: lengths_html(self.found.facts) if self.found else ""), lambda w: setattr(self.more.pages[1], "children", [w]))
     if section == 2 and self.form is None: self._build()
 
 def _build(self: DataPanel):
@@ -197,7 +194,7 @@ def _build(self: DataPanel):
     self.start.on_click(lambda b: self.later(lambda: self.job.start(self.form.value), button=b))
     self.presets = PresetFold(PreprocessConfig, lambda: self.form.value, self.form.fill)
     self.form.on_change(lambda f: [setattr(self.start, "disabled", bool(f.errors)), self.presets.look()])
-    self.more.children[2].children = [self.presets, self.form, self.start]
+    self.more.pages[2].children = [self.presets, self.form, self.start]
 
 def _made(self: DataPanel, e):
     "An errand has finished: now, or before this page was opened."

@@ -17,6 +17,7 @@ from ..core import HEAR, UserError, lang, messages, phrase
 from ..schema import from_dict, load_yaml, save_yaml, to_dict
 from .bilingual import label, tell, titles
 from .forms import Form, to_text
+from .looks import Folds
 from .panels import RED, Trouble, table
 from .paths import PathBox
 
@@ -159,19 +160,19 @@ def with_presets(
     box.bar = bar
     return box
 
-class PresetFold(W.Accordion):
+class PresetFold(Folds):
     "The bar, folded; it is made when it is first looked at. `.bar` is the bar, or None."
     def __init__(self,
         *what, # of `Presets`
         **how # of `Presets`
     ):
         self.bar, self.make = None, lambda: Presets(*what, **how)
-        super().__init__([W.VBox()], selected_index=None)
+        super().__init__([W.VBox()])
         titles(self, "preset_fold")
         self.observe(lambda change: self._unfold(change.new), "selected_index")
 
     def _unfold(self, at):
-        if at is not None and self.bar is None: self.bar = self.make(); self.children[0].children = [self.bar]
+        if at is not None and self.bar is None: self.bar = self.make(); self.pages[0].children = [self.bar]
 
     def look(self) -> None:
         "The config has changed."
