@@ -317,6 +317,7 @@ def _one_by_one(argv: list, names: set) -> list:
         last = name if eq else ""
     return out
 
+# %% ../nbs/02_schema.ipynb #dca86713
 def parse_args(
     cls: type, # a dataclass
     argv: list, # arguments after the command's name

@@ -208,6 +208,9 @@ def _again(self: EvaluatePanel):
     self.form.start = EvalConfig(**{**to_dict(self.form.start), **self.chosen()})
     self.form._changed()
 
+EvaluatePanel._wire, EvaluatePanel._open, EvaluatePanel._form, EvaluatePanel._again = _wire, _open, _form, _again
+
+# %% ../../nbs/65a_evaluate_panel.ipynb #9b04c70f
 def _take(self: EvaluatePanel, cfg):
     "Another config, from a preset or a file."
     self.form.start = cfg
@@ -223,7 +226,7 @@ def _evaluate(self: EvaluatePanel): # the thread
         self.job.start(self.form.value)
     return self.later(begin, button=self.start)
 
-EvaluatePanel._wire, EvaluatePanel._open, EvaluatePanel._form, EvaluatePanel._again, EvaluatePanel._take, EvaluatePanel.evaluate = _wire, _open, _form, _again, _take, _evaluate
+EvaluatePanel._take, EvaluatePanel.evaluate = _take, _evaluate
 
 # %% ../../nbs/65a_evaluate_panel.ipynb #f0108000
 def _scores(self: EvaluatePanel, e: Kept):

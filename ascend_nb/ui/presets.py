@@ -149,6 +149,8 @@ def _reckon(self: Presets, n, row, cfg, devices):
     except OSError as e: said, over = phrase("ui_refused", why=e.strerror or e, path=e.filename or ""), True
     if n == self.asked: self.price.value = f"<div style='max-width:60em;margin-left:134px;{f'color:{RED}' if over else 'opacity:.8'}'>{escape(said)}</div>"
 
+Presets._reckon = _reckon
+
 def with_presets(
     form: Form, # of the config of a command, whole or in part
     path: str = "" # where YAML goes; empty: COMMAND.yaml
@@ -160,6 +162,7 @@ def with_presets(
     box.bar = bar
     return box
 
+# %% ../../nbs/62c_presets.ipynb #ce42b3d2
 class PresetFold(Folds):
     "The bar, folded; it is made when it is first looked at. `.bar` is the bar, or None."
     def __init__(self,
@@ -177,5 +180,3 @@ class PresetFold(Folds):
     def look(self) -> None:
         "The config has changed."
         if self.bar is not None: self.bar.look()
-
-Presets._reckon = _reckon

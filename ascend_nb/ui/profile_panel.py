@@ -117,15 +117,6 @@ class ProfilePanel(Panel):
     def cfg(self) -> ProfileConfig: return replace(self.start, path=self.path.value, baseline=self.before.value or None, device=self.device.value) # what stands in the controls
     def row(self): return find_device(self.device.value, self.start.device_file) if self.device.value else None # of the table of hardware
 
-    def take(self,
-        cfg: ProfileConfig # from a file
-    ) -> None:
-        "Show another config."
-        self.start, names = cfg, {v for _, v in self.device.options}
-        if cfg.device not in names: self.device.options = [*self.device.options, (cfg.device, cfg.device)]
-        self.path.value, self.before.value, self.device.value, self.out.value = cfg.path, cfg.baseline or "", cfg.device, cfg.out or "profile_report"
-        self.presets.look()
-
     def _names(self): return [(phrase(k), name) for name, k in WORDS.items()]
 
     def _rename(self, w):
@@ -133,13 +124,25 @@ class ProfilePanel(Panel):
         if self.profile is not None: self.draw()
         if "logs" in self.drawn: self.overlay()
 
-    def _logs(self):
-        wide = dict(description_width="130px")
-        self.files = label(W.Textarea(rows=3, style=wide, layout=W.Layout(width="auto", max_width="820px")), description="logs_files", placeholder="logs_hint")
-        self.old, self.go = PathBox("", "logs_base"), label(W.Button(icon="line-chart", layout=W.Layout(width="auto")), description="logs_go")
-        self.curves, self.logs_code = Told(lambda: self.drawn.get("logs", "")), CodeView()
-        self.go.on_click(lambda _: self.overlay())
-        return W.VBox([self.files, self.old, W.HBox([self.go]), self.curves, self.logs_code])
+# %% ../../nbs/66_profile_panel.ipynb #a747ad2e
+def _take(self: ProfilePanel,
+    cfg: ProfileConfig # from a file
+) -> None:
+    "Show another config."
+    self.start, names = cfg, {v for _, v in self.device.options}
+    if cfg.device not in names: self.device.options = [*self.device.options, (cfg.device, cfg.device)]
+    self.path.value, self.before.value, self.device.value, self.out.value = cfg.path, cfg.baseline or "", cfg.device, cfg.out or "profile_report"
+    self.presets.look()
+
+def _logs(self: ProfilePanel):
+    wide = dict(description_width="130px")
+    self.files = label(W.Textarea(rows=3, style=wide, layout=W.Layout(width="auto", max_width="820px")), description="logs_files", placeholder="logs_hint")
+    self.old, self.go = PathBox("", "logs_base"), label(W.Button(icon="line-chart", layout=W.Layout(width="auto")), description="logs_go")
+    self.curves, self.logs_code = Told(lambda: self.drawn.get("logs", "")), CodeView()
+    self.go.on_click(lambda _: self.overlay())
+    return W.VBox([self.files, self.old, W.HBox([self.go]), self.curves, self.logs_code])
+
+ProfilePanel.take, ProfilePanel._logs = _take, _logs
 
 # %% ../../nbs/66_profile_panel.ipynb #747bf3ba
 def _inspect(self: ProfilePanel): # the thread
