@@ -24,8 +24,9 @@ from ascend_nb.planner import plan, shape_of_plan
 from ascend_nb.schema import from_dict, knobs, load_yaml, parse_args, save_yaml
 from ascend_nb.ui.bilingual import switch
 from ascend_nb.ui.forms import CodeView, command_line, form, python_cell
+from ascend_nb.prices import price, run_price
 from ascend_nb.ui.looks import Folds
-from ascend_nb.ui.presets import differences, preset, presets, price, with_presets
+from ascend_nb.ui.presets import differences, preset, presets, with_presets
 from ascend_nb.ui.run_view import Tail, draw, show_run, summary
 from conftest import ROOT
 from pointing import shut
@@ -44,9 +45,9 @@ def test_a_form_gives_back_what_it_was_given(cfg):
 
 @pytest.mark.parametrize("cfg", WHOLE, ids=lambda c: type(c).__name__)
 def test_shown_code_makes_the_same_config(cfg):
-    "Pasted: the Python cell runs, the YAML reads, the command parses."
+    "Pasted: the Python cell's config, the YAML and the command line are the same config."
     names = {}
-    exec(python_cell(cfg), names)
+    exec("\n".join(x for x in python_cell(cfg).split("\n") if not x.endswith("(cfg)")), names)
     assert names["cfg"] == cfg
     from ascend_nb.schema import dump_yaml
     assert from_dict(type(cfg), yaml.safe_load(dump_yaml(cfg, changed=True)) or {}) == cfg
@@ -197,7 +198,7 @@ def test_an_open_form_follows_the_language(monkeypatch):
 @pytest.mark.parametrize("name", presets())
 def test_a_preset_is_a_run_that_fits(name):
     row, cfg = presets()[name], preset(name)
-    p = price(cfg, shape_of_plan(row["shape"]), row["devices"], row["device"])
+    p = run_price(cfg, shape_of_plan(row["shape"]), row["devices"], row["device"])
     assert 0 < p["memory"] < p["room"] and p["minutes"] > 0
     assert re.search(r"[\u4e00-\u9fff]", row["title"][1] + row["about"][1]) and row["title"][0] and row["about"][0]
 
@@ -206,11 +207,11 @@ def test_a_price_is_the_planners():
     cfg = preset("full-eight-cards")
     c = shape_of_plan("qwen2-7b")
     want = plan(PlanConfig(model="qwen2-7b", devices=8, seq=4096, global_batch=64, tp=1, pp=1, cp=1, micro=1, zero=3, recompute="none")).best[0]
-    got = price(cfg, c, 8)
+    got = run_price(cfg, c, 8)
     assert abs(got["memory"] * 2**30 - want["memory"]) < 1 and abs(got["minutes"] * 60 / cfg.train.train_iters - want["seconds"]) < 1e-6
     lora, whole = preset("lora-one-card"), preset("lora-one-card")
     whole.tune.lora_target_modules = []
-    a, b = price(lora, c), price(whole, c)
+    a, b = run_price(lora, c), run_price(whole, c)
     assert a["memory"] < b["memory"] - 10 * c.num_params() / 2**30 # neither moments, nor fp32 copies, nor gradients of what does not learn
 
 
