@@ -24,7 +24,7 @@ from ascend_nb.planner import plan, shape_of_plan
 from ascend_nb.schema import from_dict, knobs, load_yaml, parse_args, save_yaml
 from ascend_nb.ui.bilingual import switch
 from ascend_nb.ui.forms import CodeView, command_line, form, python_cell
-from ascend_nb.prices import price, run_price
+from ascend_nb.prices import run_price
 from ascend_nb.ui.looks import Folds
 from ascend_nb.ui.presets import differences, preset, presets, with_presets
 from ascend_nb.ui.run_view import Tail, draw, show_run, summary
