@@ -192,8 +192,11 @@ def _words(w, seen):
         text = getattr(w, attr, None)
         if isinstance(text, str) and text.strip(): seen.append((type(w).__name__, attr, text))
     for i, child in enumerate(getattr(w, "children", ())):
-        if hasattr(w, "get_title") and w.get_title(i): seen.append((type(w).__name__, "title", w.get_title(i)))
+        if hasattr(w, "get_title") and not hasattr(w, "boxes") and w.get_title(i): seen.append((type(w).__name__, "title", w.get_title(i)))
         _words(child, seen)
+    for i, box in enumerate(getattr(w, "boxes", ())):  # sections, also those that nobody opened
+        seen.append((type(w).__name__, "title", w.get_title(i)))
+        if box not in w.children: _words(box, seen)
     return seen
 
 
