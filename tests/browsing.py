@@ -83,7 +83,7 @@ def complaints(page):
     "What the console reports as an error from now on; what is known of the hosts is left out."
     said = []
     page.on("console", lambda m: said.append(m.text) if m.type == "error" and not any(w in m.text for w in SAID) else None)
-    page.on("pageerror", lambda e: said.append(str(e))))
+    page.on("pageerror", lambda e: said.append(str(e)))
     return said
 
 
