@@ -11,6 +11,7 @@ from pathlib import Path
 from .chances import mcnemar, paired_bootstrap, wilson
 from .config import CompareConfig
 from .core import UserError, atomic_file, messages
+from .pictures import plot_words, save_figure, with_fonts
 
 # %% ../nbs/52d_comparing.ipynb #a87c9959
 def _short(names: list) -> list: # the shortest ends of the paths that differ
@@ -90,23 +91,20 @@ def bars(
         rows = [found["tasks"][t]["rows"][k] for t in tasks]
         at = [i + (k - (len(models) - 1) / 2) * .8 / len(models) for i in range(len(tasks))]
         ax.bar(at, [r["score"] for r in rows], .76 / len(models), label=m, yerr=[[max(r["score"] - r["low"], 0) for r in rows], [max(r["high"] - r["score"], 0) for r in rows]], capsize=3)
-    ax.set(xticks=range(len(tasks)), ylim=(0, 1), ylabel="score, 95 % interval")
+    ax.set(xticks=range(len(tasks)), ylim=(0, 1), ylabel=plot_words("plot_score"))
     ax.set_xticklabels([f"{t}\n{found['tasks'][t]['protocol']}" for t in tasks])
     ax.legend(frameon=False)
     pyplot.close(fig) # shown once, as the value of its cell
-    return fig
+    return with_fonts(fig)
 
 def save_plot(
     found: dict, # from `compare`
     path # picture: .png, .svg, .pdf
 ) -> None:
     "Write the bars as a picture, atomically. Raises UserError for a kind of picture that does not exist."
-    fig, kind = bars(found), Path(path).suffix[1:]
-    if kind not in fig.canvas.get_supported_filetypes(): raise UserError("compare_picture", path=path, known=", ".join(sorted(fig.canvas.get_supported_filetypes())))
-    with atomic_file(path, "wb") as f: fig.savefig(f, format=kind, dpi=150)
+    save_figure(bars(found), path)
 
-messages(compare_picture=("Found {path}, no kind of picture that can be written; expected a name that ends in one of: {known}. Change --plot.",
-                          "无法写出 {path}；文件名应以下列之一结尾：{known}。请修改 --plot。"))
+messages(plot_score=("score, 95 % interval", "得分与 95% 置信区间"))
 
 # %% ../nbs/52d_comparing.ipynb #e1e6d5d6
 def read_result(

@@ -9,6 +9,7 @@ __all__ = ['pack_bins', 'bin_members', 'length_report', 'plot_lengths']
 from bisect import bisect_left, insort
 import numpy as np
 from .core import UserError, messages
+from .pictures import plot_words, with_fonts
 
 # %% ../nbs/12b_packing.ipynb #9e9950c6
 messages(
@@ -103,16 +104,20 @@ def length_report(
 # %% ../nbs/12b_packing.ipynb #fff23354
 def plot_lengths(
     numbers: dict, # from `length_report`
-    title: str = "" # above the picture
+    title: str = "", # above the picture
+    unit: str = "plot_tokens", # row of messages: what a length is counted in
+    items: str = "plot_sequences" # row of messages: what has a length
 ): # a matplotlib Figure: shows itself in a notebook, `.savefig(path)` elsewhere
     "The histogram of lengths; a line marks the row length where one was given."
     from matplotlib import pyplot
     (figure, ax), edges = pyplot.subplots(figsize=(7, 3), layout="constrained"), numbers["histogram"]["edges"]
     ax.bar(edges[:-1], numbers["histogram"]["counts"], np.diff(edges), align="edge", color="#4878a8", edgecolor="white", linewidth=.4)
-    ax.set(xscale="log", xlabel="tokens", ylabel="sequences", title=title or f"{numbers['sequences']:,} sequences, {numbers['tokens']:,} tokens")
+    ax.set(xscale="log", xlabel=plot_words(unit), ylabel=plot_words(items), title=title or plot_words("plot_in_all", **numbers))
     for axis in ("set_major_formatter", "set_minor_formatter"): getattr(ax.xaxis, axis)(lambda x, _: f"{x:,.0f}" if f"{x:.0e}"[0] in "125" else "")
-    for at, name in ((numbers["median"], "median"), (numbers.get("seq_length"), "seq_length")):
-        if at: ax.axvline(at, color="#b04030", linestyle="-" if name == "median" else "--", label=f"{name} {at:,.0f}")
+    for at, words, style in ((numbers["median"], "plot_middle", "-"), (numbers.get("seq_length"), "plot_row", "--")):
+        if at: ax.axvline(at, color="#b04030", linestyle=style, label=plot_words(words, n=at))
     ax.legend(frameon=False)
     pyplot.close(figure) # shown once, as the value of its cell
-    return figure
+    return with_fonts(figure)
+
+messages(plot_tokens=("tokens", "词元数"), plot_sequences=("sequences", "序列数"), plot_in_all=("{sequences:,} sequences, {tokens:,} tokens", "共 {sequences:,} 条序列，{tokens:,} 个词元"), plot_middle=("median {n:,.0f}", "中位数 {n:,.0f}"), plot_row=("seq_length {n:,.0f}", "行长 seq_length {n:,.0f}"))

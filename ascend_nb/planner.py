@@ -274,7 +274,7 @@ def run(
     if cfg.validate:
         out = validate(cfg.validate, find_device(cfg.device, cfg.device_file), cfg.device_file)
         if not json: _show_errors(out)
-        return out | dict(exit_code=0 if out["rows"] else 2)
+        return out if out["rows"] else out | dict(exit_code=2)
     p = plan(cfg)
     if p.best and cfg.out:
         write_run(p, cfg.out, cfg.dtype)
@@ -284,10 +284,9 @@ def run(
     return p.to_dict() | dict(yaml=cfg.out if p.best and cfg.out else None)
 
 def _show_errors(out):
-    for b in out["by_row"]:
-        far = b.get("why") or f"published {b['published']:9.0f} predicted {b['predicted']:9.0f} error {b['error']:6.1%} {b['flag']}"
-        print(f"{b['model']:>18} {b['size']:>9} {b['seq_length']:>7} {far}")
-    if out["left_out"]: print(phrase("plan_left_out", n=out["left_out"], unpredicted=out["unpredicted"]))
-    if out["rows"]: print(f"{out['rows']} rows: median error {out['median_error']:.1%}, 90th percentile {out['p90_error']:.1%}")
+    for b in out["by_row"]: print(f"{b['model']:>18} {b['size']:>9} {b['seq_length']:>7} {b.get('why') or phrase('plan_row', **b)}")
+    if left := len(out["by_row"]) - out["rows"]: print(phrase("plan_left_out", n=left, unpredicted=sum(b["predicted"] is None for b in out["by_row"])))
+    if out["rows"]: print(phrase("plan_errors", **out))
 
-messages(plan_left_out=("{n} rows are not counted, {unpredicted} of them because they cannot be predicted", "{n} 行未计入，其中 {unpredicted} 行无法预测"))
+messages(plan_left_out=("{n} rows are not counted, {unpredicted} of them because they cannot be predicted", "{n} 行未计入，其中 {unpredicted} 行无法预测"),
+         plan_row=("published {published:9.0f} predicted {predicted:9.0f} error {error:6.1%} {flag}", "公布 {published:9.0f} 预测 {predicted:9.0f} 误差 {error:6.1%} {flag}"), plan_errors=("{rows} rows: median error {median_error:.1%}, 90th percentile {p90_error:.1%}", "{rows} 行：误差中位数 {median_error:.1%}，第 90 百分位 {p90_error:.1%}"))

@@ -6,7 +6,7 @@
 __all__ = ['TABLES', 'OUTPUT', 'Table', 'read_csv', 'read_talks', 'read_db', 'group_hash', 'Rank', 'Profile', 'open_profile']
 
 # %% ../nbs/57a_profile_files.ipynb #df454d8b
-import csv, json, re, sqlite3
+import json, re, sqlite3
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +22,7 @@ class Table(NamedTuple):
     db: str = "" # query; empty: the database has none
     where: str = "main" # which database: main (ascend_pytorch_profiler*.db) or analysis (analysis.db)
     lost: tuple = ("", "") # what cannot be said without it: English, Chinese
+    needs: str = "" # columns without which the rows say nothing; the others depend on the level
 
 def _columns(text): return dict(c.rpartition("=")[::2] for c in text.split(" | ")) # "Step=step | Free=free"
 
@@ -33,23 +34,23 @@ _tasks = "FROM COMPUTE_TASK_INFO i JOIN TASK t ON t.globalTaskId = i.globalTaskI
 # %% ../nbs/57a_profile_files.ipynb #665dedcc
 TABLES = {
     "steps": Table("step_trace_time.csv", _columns("Step=step | Computing=computing | Communication(Not Overlapped)=exposed | Overlapped=overlapped | Communication=communication | Free=free | Stage=stage | Bubble=bubble | Communication(Not Overlapped and Exclude Receive)=without_receive | Preparing=preparing"),
-        f"SELECT step, {', '.join(_SPLIT)} FROM StepTraceTime", "analysis", ("how a step's time divides", "每步时间的划分")),
+        f"SELECT step, {', '.join(_SPLIT)} FROM StepTraceTime", "analysis", ("how a step's time divides", "每步时间的划分"), "step computing exposed overlapped free stage"),
     "kernels": Table("kernel_details.csv", _columns("Step Id=step | Name=name | Type=type | Accelerator Core=core | Start Time(us)=start_ns | Duration(us)=duration | Wait Time(us)=wait | Input Shapes=shapes | aic_mac_ratio=mac_ratio | cube_utilization(%)=cube"),
         f"SELECT {_step.format('t')} AS step, {_word('i.name')} AS name, {_word('i.opType')} AS type, {_word('i.taskType')} AS core, t.startNs AS start_ns, (t.endNs - t.startNs) / 1000.0 AS duration, {_word('i.inputShapes')} AS shapes {_tasks} "
-        f"UNION ALL SELECT {_step.format('c')}, {_word('c.opName')}, {_word('c.opType')}, 'COMMUNICATION', c.startNs, (c.endNs - c.startNs) / 1000.0, 'N/A' FROM COMMUNICATION_OP c ORDER BY start_ns", "main", ("each operator on the device", "设备上的每个算子")),
+        f"UNION ALL SELECT {_step.format('c')}, {_word('c.opName')}, {_word('c.opType')}, 'COMMUNICATION', c.startNs, (c.endNs - c.startNs) / 1000.0, 'N/A' FROM COMMUNICATION_OP c ORDER BY start_ns", "main", ("each operator on the device", "设备上的每个算子"), "name start_ns duration"),
     "operators": Table("op_statistic.csv", _columns("OP Type=type | Core Type=core | Count=count | Total Time(us)=total | Min Time(us)=min | Avg Time(us)=avg | Max Time(us)=max | Ratio(%)=ratio"),
-        f"SELECT {_word('i.opType')} AS type, {_word('i.taskType')} AS core, count(*) AS count, sum(t.endNs - t.startNs) / 1000.0 AS total, min(t.endNs - t.startNs) / 1000.0 AS min, avg(t.endNs - t.startNs) / 1000.0 AS avg, max(t.endNs - t.startNs) / 1000.0 AS max {_tasks} GROUP BY 1, 2 ORDER BY total DESC", "main", ("sums by operator", "按算子的汇总")),
+        f"SELECT {_word('i.opType')} AS type, {_word('i.taskType')} AS core, count(*) AS count, sum(t.endNs - t.startNs) / 1000.0 AS total, min(t.endNs - t.startNs) / 1000.0 AS min, avg(t.endNs - t.startNs) / 1000.0 AS avg, max(t.endNs - t.startNs) / 1000.0 AS max {_tasks} GROUP BY 1, 2 ORDER BY total DESC", "main", ("sums by operator", "按算子的汇总"), "type core count total"),
     "calls": Table("api_statistic.csv", _columns("Level=level | API Name=name | Time(us)=total | Count=count | Avg(us)=avg | Min(us)=min | Max(us)=max"),
-        f"SELECT (SELECT name FROM ENUM_API_TYPE e WHERE e.id = a.type) AS level, {_word('a.name')} AS name, sum(endNs - startNs) / 1000.0 AS total, count(*) AS count, avg(endNs - startNs) / 1000.0 AS avg, min(endNs - startNs) / 1000.0 AS min, max(endNs - startNs) / 1000.0 AS max FROM CANN_API a GROUP BY 1, 2", "main", ("what the host waited for", "主机侧的等待")),
+        f"SELECT (SELECT name FROM ENUM_API_TYPE e WHERE e.id = a.type) AS level, {_word('a.name')} AS name, sum(endNs - startNs) / 1000.0 AS total, count(*) AS count, avg(endNs - startNs) / 1000.0 AS avg, min(endNs - startNs) / 1000.0 AS min, max(endNs - startNs) / 1000.0 AS max FROM CANN_API a GROUP BY 1, 2", "main", ("what the host waited for", "主机侧的等待"), "name count total"),
 }
 
 # %% ../nbs/57a_profile_files.ipynb #6627886c
 TABLES |= {
-    "host": Table("operator_details.csv", _columns("Name=name | Input Shapes=shapes | Call Stack=stack | Host Self Duration(us)=host_own | Host Total Duration(us)=host_total | Device Self Duration(us)=device_own | Device Total Duration(us)=device_total"), lost=("which line of Python called an operator", "算子由哪一行 Python 代码调用")),
+    "host": Table("operator_details.csv", _columns("Name=name | Input Shapes=shapes | Call Stack=stack | Host Self Duration(us)=host_own | Host Total Duration(us)=host_total | Device Self Duration(us)=device_own | Device Total Duration(us)=device_total"), lost=("which line of Python called an operator", "算子由哪一行 Python 代码调用"), needs="name"),
     "memory": Table("memory_record.csv", _columns("Component=component | Timestamp(us)=time_ns | Total Allocated(MB)=allocated | Total Reserved(MB)=reserved | Total Active(MB)=active"),
-        f"SELECT {_word('component')} AS component, timestamp AS time_ns, totalAllocated / 1048576.0 AS allocated, totalReserved / 1048576.0 AS reserved, totalActive / 1048576.0 AS active FROM MEMORY_RECORD", "main", ("memory over time", "显存随时间的变化")),
+        f"SELECT {_word('component')} AS component, timestamp AS time_ns, totalAllocated / 1048576.0 AS allocated, totalReserved / 1048576.0 AS reserved, totalActive / 1048576.0 AS active FROM MEMORY_RECORD", "main", ("memory over time", "显存随时间的变化"), "component time_ns allocated reserved"),
     "blocks": Table("operator_memory.csv", _columns("Name=name | Size(KB)=kb | Allocation Time(us)=start_ns | Release Time(us)=end_ns | Allocation Total Allocated(MB)=allocated | Allocation Total Reserved(MB)=reserved"),
-        f"SELECT {_word('name')} AS name, size / 1024.0 AS kb, allocationTime AS start_ns, releaseTime AS end_ns, allocationTotalAllocated / 1048576.0 AS allocated, allocationTotalReserved / 1048576.0 AS reserved FROM OP_MEMORY", "main", ("who owns the memory at its peak", "显存峰值时由谁占用")),
+        f"SELECT {_word('name')} AS name, size / 1024.0 AS kb, allocationTime AS start_ns, releaseTime AS end_ns, allocationTotalAllocated / 1048576.0 AS allocated, allocationTotalReserved / 1048576.0 AS reserved FROM OP_MEMORY", "main", ("who owns the memory at its peak", "显存峰值时由谁占用"), "name kb start_ns end_ns"),
     "talks": Table("communication.json", {}, "SELECT step, type AS kind, hccl_op_name AS op, group_name AS 'group', round(start_timestamp * 1000) AS start_ns, elapse_time * 1000 AS elapse, transit_time * 1000 AS transit, wait_time * 1000 AS wait, synchronization_time * 1000 AS sync, idle_time * 1000 AS idle FROM CommAnalyzerTime", "analysis", ("who waits for whom", "哪个 rank 在等哪个 rank")),
     "bandwidth": Table("communication.json", {}, "SELECT DISTINCT step, type AS kind, hccl_op_name AS op, group_name AS 'group', transport_type AS transport, transit_size AS mb, transit_time * 1000 AS time, bandwidth AS gb_s FROM CommAnalyzerBandwidth WHERE transit_size > 0", "analysis", ("how fast the links were", "链路的速度")),
     "links": Table("communication_matrix.json", {}, "SELECT step, type AS kind, hccl_op_name AS op, group_name AS 'group', src_rank AS source, dst_rank AS target, transport_type AS transport, transit_size AS mb, transit_time * 1000 AS time, bandwidth AS gb_s FROM CommAnalyzerMatrix", "analysis", ("which pairs of devices talked", "哪些设备之间有通信")),
@@ -64,21 +65,22 @@ def _shape(t): # types that do not depend on the form
         if c.endswith("_ns"): t[c] = t[c].astype("Int64")
         elif c == "step": t[c] = pd.to_numeric(t[c].astype(str).str.removeprefix("step"), errors="coerce").fillna(-1).astype(int)
         elif c not in ("name", "type", "core", "shapes", "stack", "component", "level", "kind", "op", "group", "transport"): t[c] = pd.to_numeric(t[c], errors="coerce")
+    if "duration" in t: t["type"], t["core"] = t.get("type", t.name).fillna(t.name), t.get("core", pd.Series("", t.index)).fillna("") # level 0 knows neither
     return t
 
 def read_csv(
     path, # a csv of torch_npu's
-    columns: dict # header there -> our name; others are left out
+    columns: dict, # header there -> our name; others are left out
+    needs: str = "" # of our names those that must be there
 ) -> pd.DataFrame:
-    "A table of the text form. Raises UserError for a file that ends too early."
+    "A table of the text form. Raises UserError for a file that ends too early, and for one without a column that is needed."
     with open(path, "rb") as f:
         f.seek(max(0, f.seek(0, 2) - 1)); whole = f.read() == b"\n"
-        f.seek(0); head = next(csv.reader([f.readline().decode("utf-8", "replace")]), [])
     moments = {h: str for h, c in columns.items() if c.endswith("_ns")}
     try: t = pd.read_csv(path, usecols=lambda c: c in columns, dtype={**moments, **{h: str for h in columns if "Shapes" in h}}, keep_default_na=True, low_memory=False) if whole else None
     except (pd.errors.ParserError, UnicodeDecodeError, pd.errors.EmptyDataError, ValueError): t = None
     if t is None: raise UserError("profile_cut_table", path=path)
-    if missing := [h for h in list(columns)[:1] if h not in head and h != "Step Id"]: raise UserError("profile_no_column", path=path, column=missing[0])
+    if missing := [h for h, c in columns.items() if c in needs.split() and h not in t]: raise UserError("profile_no_column", path=path, column=missing[0])
     for h in moments:
         if h in t:
             try: t[h] = _as_ns(t[h])
@@ -94,6 +96,14 @@ messages(
 def _json(path):
     try: return json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, UnicodeDecodeError) as e: raise UserError("profile_cut_json", path=path, why=str(e).split(": line")[0]) from None
+
+def _facts(path): # profiler_info*.json and profiler_metadata.json
+    if not isinstance(data := _json(path), dict): raise UserError("profile_cut_json", path=path, why="no names and values")
+    return data
+
+def _inside(data, *keys): # what lies deep in it; {} where something else lies on the way
+    for k in keys: data = data.get(k) if isinstance(data, dict) else None
+    return data if isinstance(data, dict) else {}
 
 def _each(data): # step, kind, operator, group, what is known
     for step, kinds in data.items():
@@ -183,14 +193,14 @@ class Rank:
 
     @property
     def level(self) -> str: # "Level1"; "" where it is not told
-        return str(self.info.get("config", {}).get("experimental_config", {}).get("_profiler_level", ""))
+        return str(_inside(self.info, "config", "experimental_config").get("_profiler_level", ""))
     @property
     def trace(self) -> Path | None: # its Chrome trace
         return next((p for p in (self.folder, *(self.folder / n for n in ("trace_view.json", "trace_view.json.gz"))) if p.is_file()), None)
     @property
     def groups(self) -> dict: # number of a group -> (name, ranks)
-        known = self.meta.get("parallel_group_info") or {}
-        return {group_hash(k): (v.get("group_name", k), tuple(v.get("global_ranks", ()))) for k, v in known.items() if isinstance(v, dict)}
+        known = _inside(self.meta, "parallel_group_info")
+        return {group_hash(k): (v.get("group_name", k), tuple(v.get("global_ranks") or ())) for k, v in known.items() if isinstance(v, dict)}
 
     def table(self,
         name: str # of TABLES
@@ -204,7 +214,7 @@ class Rank:
         path = self.files.get(name)
         if path is None: return {name: None}
         if path.suffix == ".db": return {name: read_db(path, name)}
-        return {name: read_talks(path, name) if name in _JSON else read_csv(path, TABLES[name].columns)}
+        return {name: read_talks(path, name) if name in _JSON else read_csv(path, TABLES[name].columns, TABLES[name].needs)}
 
 # %% ../nbs/57a_profile_files.ipynb #3409530b
 OUTPUT = "ASCEND_PROFILER_OUTPUT"
@@ -219,11 +229,11 @@ def _databases(out): # which -> path
 def _ascend_rank(folder, form, number): # folder: *_ascend_pt, or its output alone
     out = folder / OUTPUT if (folder / OUTPUT).is_dir() else folder
     infos = sorted(out.parent.glob("profiler_info*.json"))
-    info, meta = (_json(infos[0]) if infos else {}), out.parent / "profiler_metadata.json"
-    meta = _json(meta) if meta.is_file() else {}
+    info, meta = (_facts(infos[0]) if infos else {}), out.parent / "profiler_metadata.json"
+    meta = _facts(meta) if meta.is_file() else {}
     told = re.search(r"_(\d+)$", infos[0].stem) if infos else None
     named = re.search(r"rank_?(\d+)", out.parent.name)
-    rank = int((told or named)[1]) if told or named else int((meta.get("distributed_args") or {}).get("rank", number))
+    rank = int((told or named)[1]) if told or named else int(_inside(meta, "distributed_args").get("rank", number))
     dbs = _databases(out)
     text = {n: out / t.file for n, t in TABLES.items() if (out / t.file).is_file()}
     base = {n: dbs[t.where] for n, t in TABLES.items() if t.db and t.where in dbs}
@@ -245,10 +255,13 @@ messages(
     profile_raw_profile=("Found a recording in {path} that nobody has analysed: there is no ASCEND_PROFILER_OUTPUT. On a machine with CANN run: python -c \"from torch_npu.profiler.profiler import analyse; analyse('{path}')\"", "{path} 中的采集数据尚未解析：没有 ASCEND_PROFILER_OUTPUT。请在装有 CANN 的机器上运行：python -c \"from torch_npu.profiler.profiler import analyse; analyse('{path}')\""),
     profile_other_steps=("Found other steps in rank {rank} ({got}) than in rank {first} ({want}) in {path}; expected the same in all, or ranks cannot be compared. Name the folder of one rank, or record all with the same steps.", "{path} 中 rank {rank} 的步（{got}）与 rank {first} 的步（{want}）不同；各 rank 应相同才能比较。请指定单个 rank 的目录，或用相同的步重新采集。"),
     profile_two_of_a_rank=("Found rank {rank} twice: {path} and {other}; expected it once. Move one of them away, or name one folder.", "rank {rank} 出现两次：{path} 与 {other}。请移走其中一个，或指定单个目录。"),
+    profile_no_form=("Found no database in {path}; expected ascend_pytorch_profiler*.db or analysis.db, because --form db asks for them. Leave --form out to read its text.", "{path} 中没有数据库；--form db 需要 ascend_pytorch_profiler*.db 或 analysis.db。请去掉 --form 以读取文本。"),
     profile_lost_table=("rank {rank}: no {file}: {what} cannot be told", "rank {rank}：缺少 {file}，无法得知{what}"),
 )
 
 # %% ../nbs/57a_profile_files.ipynb #a8bf46c6
+_BESIDE = {"trace_view.json": ("which module took the time, and how it lies in time", "各模块的耗时与时间线"), "profiler_info*.json": ("the level of the recording", "采集级别"), "profiler_metadata.json": ("names of groups of processes", "通信组的名称")} # what no table is read from
+
 @dataclass
 class Profile:
     "What all ranks recorded."
@@ -267,8 +280,10 @@ class Profile:
     def missing(self) -> list: # sentences: which files are absent, and what that costs
         out = []
         for r, k in self.ranks.items():
-            for name, t in TABLES.items() if k.form != "trace" else ():
-                if k.table(name) is None: out.append(phrase("profile_lost_table", rank=r, file=t.file if k.form == "text" else f"{t.file} ({_DBS[t.where]})", what=t.lost[lang() == "zh"]))
+            if k.form == "trace": continue
+            lost = [(t.file if k.form == "text" else f"{t.file} ({_DBS[t.where]})", t.lost) for name, t in TABLES.items() if k.table(name) is None]
+            lost += [(file, words) for (file, words), have in zip(_BESIDE.items(), (k.trace, k.info, k.meta)) if not have]
+            out += [phrase("profile_lost_table", rank=r, file=file, what=words[lang() == "zh"]) for file, words in lost]
         return out
 
 # %% ../nbs/57a_profile_files.ipynb #f75ba992
@@ -282,6 +297,7 @@ def open_profile(
     for i, place in enumerate(found):
         if place.is_file(): k = Rank(int(m[1]) if (m := re.search(r"rank_?(\d+)", place.name)) else i, place, "trace")
         else: k = _ascend_rank(place, form, i)
+        if form == "db" and not k.files and k.form != "trace" and _ascend_rank(place, "", i).files: raise UserError("profile_no_form", path=k.folder)
         if k.form != "trace" and not k.files: continue
         if k.rank in ranks: raise UserError("profile_two_of_a_rank", rank=k.rank, path=ranks[k.rank].folder, other=k.folder)
         ranks[k.rank] = k

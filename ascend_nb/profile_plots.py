@@ -4,25 +4,38 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'PLOTS', 'plot_steps', 'plot_operators', 'plot_units', 'plot_memory', 'plot_groups', 'plot_waits',
-           'plot_slow_ranks', 'plot_bubble', 'plot_modules', 'plot_comparison', 'save_figure', 'draw_all']
+           'plot_slow_ranks', 'plot_bubble', 'plot_modules', 'plot_comparison', 'draw_all']
 
 # %% ../nbs/57c_profile_plots.ipynb #b2297e62
 from pathlib import Path
 import numpy as np
 import pandas as pd
-from .core import UserError, atomic_file
+from .core import UserError, atomic_file, messages, writing
 from .hardware import Device
+from .pictures import new_figure, plot_words, save_figure, with_fonts
 from .profile_files import Profile
 from .profile_views import PARTS, bubble, by_group, compare_profiles, memory_curve, module_tree, peak_owners, step_split, top_operators, unit_share, wait_matrix
 
 # %% ../nbs/57c_profile_plots.ipynb #1fac82ab
+messages(
+    plot_part_computing=("computing", "计算"), plot_part_exposed=("exposed", "未掩盖的通信"), plot_part_overlapped=("overlapped", "被掩盖的通信"), plot_part_free=("free", "空闲"),
+    plot_part_cube=("cube", "矩阵单元"), plot_part_vector=("vector", "向量单元"), plot_part_host_core=("host core", "AI CPU 核"), plot_part_communication=("communication", "通信"), plot_part_device=("device", "设备"), plot_part_cpu=("cpu", "CPU 主机"), plot_part_other=("other", "其他"),
+    plot_rank=("rank", "rank 编号"), plot_of_rank=("rank {rank}", "第 {rank} 号 rank"), plot_for_rank=("for rank", "在等的 rank"), plot_rank_waits=("rank waits", "等待的 rank"),
+    plot_step_ms=("ms of a step", "每步耗时（ms）"), plot_rank_ms=("ms of the recording, an average rank", "整个采集的耗时（ms，各 rank 平均）"), plot_rank_calls=("calls, an average rank", "调用次数（各 rank 平均）"), plot_bar_calls=(" {share:.1%}, {n:.0f} calls", " {share:.1%}，{n:.0f} 次"),
+    plot_computing_share=("share of computing", "占计算时间的比例"), plot_step_share=("share of the step", "占每步的比例"), plot_median=("of a step, against the median", "与中位数之差（占每步）"), plot_bubble_share=("share of the step between stages, nothing flowing", "阶段之间无数据流动的时间（占每步）"),
+    plot_allocated=("allocated", "已分配"), plot_reserved=("reserved", "已保留"), plot_peak=("peak {mb:,.0f} MB", "峰值 {mb:,.0f} MB"), plot_peak_mb=("MB at the peak", "峰值时占用（MB）"),
+    plot_all=("all", "全部"), plot_waiting=("of which waiting", "其中等待"), plot_group_ms=("ms, an average rank", "耗时（ms，各 rank 平均）"), plot_reached=("reached", "达到"), plot_link=("the link of {device}", "{device} 的链路"),
+    plot_before=("before", "之前"), plot_after=("after", "之后"), plot_change_ms=("ms of a step, after - before", "每步耗时变化（ms，之后减之前）"),
+)
+
+# %% ../nbs/57c_profile_plots.ipynb #0d1b5019
 COLOURS = {"computing": "tab:blue", "exposed": "tab:red", "overlapped": "tab:purple", "free": "lightgrey", "cube": "tab:blue", "vector": "tab:orange", "communication": "tab:red"}
 
-def _axes(width=7., height=3.5):
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    fig = Figure(figsize=(width, height), layout="constrained"); FigureCanvasAgg(fig)
-    return fig, fig.subplots()
+def _axes(width, height, *panels, **how): # a figure, and its panels beside each other
+    fig = new_figure(width, height)
+    return fig, fig.subplots(1, *panels or (1,), **how)
+
+def _part(name): return plot_words(f"plot_part_{name.replace(' ', '_')}") # of a step, or a unit
 
 def plot_steps(
     p: Profile # whose
@@ -32,10 +45,10 @@ def plot_steps(
     fig, ax = _axes(7, 1.2 + .4 * len(t))
     rows, left = [str(r) for r in t.index], np.zeros(len(t))
     for part in PARTS:
-        ax.barh(rows, t[part], left=left, color=COLOURS[part], label=part); left = left + t[part].to_numpy()
-    ax.barh(rows, t.overlapped, left=t.computing - t.overlapped, color="none", hatch="///", edgecolor=COLOURS["overlapped"], label="overlapped")
-    ax.set(xlabel="ms of a step", ylabel="rank"); ax.invert_yaxis(); ax.legend(fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(.5, 1.25 if len(t) < 4 else 1.15))
-    return fig
+        ax.barh(rows, t[part], left=left, color=COLOURS[part], label=_part(part)); left = left + t[part].to_numpy()
+    ax.barh(rows, t.overlapped, left=t.computing - t.overlapped, color="none", hatch="///", edgecolor=COLOURS["overlapped"], label=_part("overlapped"))
+    ax.set(xlabel=plot_words("plot_step_ms"), ylabel=plot_words("plot_rank")); ax.invert_yaxis(); ax.legend(fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(.5, 1.25 if len(t) < 4 else 1.15))
+    return with_fonts(fig)
 
 # %% ../nbs/57c_profile_plots.ipynb #b0a331e3
 def plot_operators(
@@ -46,10 +59,10 @@ def plot_operators(
     "The operators that take most time, or that there are most of."
     t = top_operators(p, by, n)
     fig, ax = _axes(7, 1 + .25 * max(len(t), 1))
-    ax.barh(t.type + ", " + t.unit, t[by], color=[COLOURS.get(u, "grey") for u in t.unit])
-    for i, (v, s, c) in enumerate(zip(t[by], t.share, t["count"])): ax.annotate(f" {s:.1%}, {c:.0f} calls", (v, i), va="center", fontsize=7)
-    ax.invert_yaxis(); ax.set(xlabel="ms of the recording, an average rank" if by == "ms" else "calls, an average rank"); ax.margins(x=.25)
-    return fig
+    ax.barh(t.type + ", " + t.unit.map(_part), t[by], color=[COLOURS.get(u, "grey") for u in t.unit])
+    for i, (v, s, c) in enumerate(zip(t[by], t.share, t["count"])): ax.annotate(plot_words("plot_bar_calls", share=s, n=c), (v, i), va="center", fontsize=7)
+    ax.invert_yaxis(); ax.set(xlabel=plot_words("plot_rank_ms" if by == "ms" else "plot_rank_calls")); ax.margins(x=.25)
+    return with_fonts(fig)
 
 def plot_units(
     p: Profile # whose
@@ -58,9 +71,9 @@ def plot_units(
     t = unit_share(p)
     fig, ax = _axes(7, 1.2 + .35 * len(t))
     left = np.zeros(len(t))
-    for u in t: ax.barh([str(r) for r in t.index], t[u], left=left, label=u, color=COLOURS.get(u)); left = left + t[u].to_numpy()
-    ax.set(xlabel="share of computing", ylabel="rank"); ax.invert_yaxis(); ax.legend(fontsize=8)
-    return fig
+    for u in t: ax.barh([str(r) for r in t.index], t[u], left=left, label=_part(u), color=COLOURS.get(u)); left = left + t[u].to_numpy()
+    ax.set(xlabel=plot_words("plot_computing_share"), ylabel=plot_words("plot_rank")); ax.invert_yaxis(); ax.legend(fontsize=8)
+    return with_fonts(fig)
 
 # %% ../nbs/57c_profile_plots.ipynb #d9cc1367
 def plot_memory(
@@ -70,16 +83,14 @@ def plot_memory(
     "Memory over time, and who owns the peak."
     rank = next((r for r in p.ranks if len(memory_curve(p, r))), next(iter(p.ranks))) if rank is None else rank
     curve, owners = memory_curve(p, rank), peak_owners(p, rank, 8)
-    fig, ax = _axes(9, 3.5)
-    ax.remove()
-    left, right = fig.subplots(1, 2, width_ratios=[3, 2])
-    left.plot(curve.ms, curve.allocated, drawstyle="steps-post", label="allocated"); left.plot(curve.ms, curve.reserved, color="grey", lw=.8, drawstyle="steps-post", label="reserved")
+    fig, (left, right) = _axes(9, 3.5, 2, width_ratios=[3, 2])
+    left.plot(curve.ms, curve.allocated, drawstyle="steps-post", label=plot_words("plot_allocated")); left.plot(curve.ms, curve.reserved, color="grey", lw=.8, drawstyle="steps-post", label=plot_words("plot_reserved"))
     if len(curve):
         peak = curve.loc[curve.allocated.idxmax()]
-        left.plot(peak.ms, peak.allocated, "v", color="tab:red", label=f"peak {peak.allocated:,.0f} MB")
-    left.set(xlabel="ms", ylabel="MB", title=f"rank {rank}", ylim=(0, None)); left.legend(fontsize=8)
-    right.barh(owners.name, owners.mb); right.invert_yaxis(); right.set(xlabel="MB at the peak"); right.tick_params(labelsize=7)
-    return fig
+        left.plot(peak.ms, peak.allocated, "v", color="tab:red", label=plot_words("plot_peak", mb=peak.allocated))
+    left.set(xlabel="ms", ylabel="MB", title=plot_words("plot_of_rank", rank=rank), ylim=(0, None)); left.legend(fontsize=8)
+    right.barh(owners.name, owners.mb); right.invert_yaxis(); right.set(xlabel=plot_words("plot_peak_mb")); right.tick_params(labelsize=7)
+    return with_fonts(fig)
 
 # %% ../nbs/57c_profile_plots.ipynb #ce58419c
 def plot_groups(
@@ -91,15 +102,13 @@ def plot_groups(
     small = t.mb.fillna(0.) < 1 # megabytes: too few to speak of a speed
     t.loc[small, "gb_s"], t.loc[small, "transport"] = np.nan, np.nan
     t = t[t.ms > .01].groupby(["group", "kind", "transport"], dropna=False, as_index=False)[[c for c in ("ms", "wait_ms", "gb_s", "best_gb_s") if c in t]].mean().sort_values("ms", ascending=False)
-    fig, ax = _axes(9, 1.2 + .35 * max(len(t), 1))
-    ax.remove()
-    left, right = fig.subplots(1, 2, sharey=True)
+    fig, (left, right) = _axes(9, 1.2 + .35 * max(len(t), 1), 2, sharey=True)
     rows = [f"{g}, {k}" + (f", {w}" if isinstance(w, str) else "") for g, k, w in zip(t["group"], t.kind, t.transport)]
-    left.barh(rows, t.ms, color=COLOURS["communication"], label="all"); left.barh(rows, t.wait_ms, color="lightgrey", height=.5, label="of which waiting"); left.set(xlabel="ms, an average rank"); left.legend(fontsize=8)
-    right.barh(rows, t.gb_s.fillna(0.), color="tab:green", label="reached")
-    if "best_gb_s" in t: right.plot(t.best_gb_s.where(t.gb_s.notna()), rows, "|", ms=14, color="k", label=f"the link of {device.name}")
+    left.barh(rows, t.ms, color=COLOURS["communication"], label=plot_words("plot_all")); left.barh(rows, t.wait_ms, color="lightgrey", height=.5, label=plot_words("plot_waiting")); left.set(xlabel=plot_words("plot_group_ms")); left.legend(fontsize=8)
+    right.barh(rows, t.gb_s.fillna(0.), color="tab:green", label=plot_words("plot_reached"))
+    if "best_gb_s" in t: right.plot(t.best_gb_s.where(t.gb_s.notna()), rows, "|", ms=14, color="k", label=plot_words("plot_link", device=device.name))
     left.invert_yaxis(); right.set(xlabel="GB/s"); right.legend(fontsize=8)
-    return fig
+    return with_fonts(fig)
 
 # %% ../nbs/57c_profile_plots.ipynb #e4c00efc
 def _squares(t, text, width, label, least=0., **how): # a table as coloured squares with its numbers
@@ -107,7 +116,7 @@ def _squares(t, text, width, label, least=0., **how): # a table as coloured squa
     shown = ax.imshow(t.to_numpy(dtype=float), **how)
     for i, j in np.ndindex(t.shape):
         if abs(t.iat[i, j]) >= least and len(t) <= 32: ax.text(j, i, f"{t.iat[i, j]:{text}}", ha="center", va="center", fontsize=8)
-    ax.set(xticks=range(t.shape[1]), yticks=range(len(t)), xticklabels=t.columns, yticklabels=t.index); fig.colorbar(shown, label=label)
+    ax.set(xticks=range(t.shape[1]), yticks=range(len(t)), xticklabels=t.columns, yticklabels=t.index); fig.colorbar(shown, label=plot_words(label))
     return fig, ax
 
 def plot_waits(
@@ -115,9 +124,9 @@ def plot_waits(
 ): # matplotlib Figure
     "A square: row waits for column."
     t = wait_matrix(p)
-    fig, ax = _squares(t, ".0%", 1.8 + .5 * len(t), "share of the step", least=.005, cmap="Reds", vmin=0)
-    ax.set(xlabel="for rank", ylabel="rank waits")
-    return fig
+    fig, ax = _squares(t, ".0%", 1.8 + .5 * len(t), "plot_step_share", least=.005, cmap="Reds", vmin=0)
+    ax.set(xlabel=plot_words("plot_for_rank"), ylabel=plot_words("plot_rank_waits"))
+    return with_fonts(fig)
 
 def plot_slow_ranks(
     p: Profile # of several ranks
@@ -126,9 +135,9 @@ def plot_slow_ranks(
     t = step_split(p).groupby("rank")[["computing", "exposed", "free"]].mean()
     rel = (t - t.median()) / step_split(p).stage.mean()
     most = max(float(rel.abs().max().max()), 1e-3)
-    fig, ax = _squares(rel, "+.1%", 5, "of a step, against the median", cmap="coolwarm", vmin=-most, vmax=most, aspect="auto")
-    ax.set_ylabel("rank")
-    return fig
+    fig, ax = _squares(rel, "+.1%", 5, "plot_median", cmap="coolwarm", vmin=-most, vmax=most, aspect="auto")
+    ax.set(ylabel=plot_words("plot_rank"), xticklabels=map(_part, rel))
+    return with_fonts(fig)
 
 # %% ../nbs/57c_profile_plots.ipynb #7b721e62
 def plot_bubble(
@@ -137,8 +146,8 @@ def plot_bubble(
     "What each rank waits in the pipeline."
     t = bubble(p)
     fig, ax = _axes(6, 1.2 + .35 * max(len(t), 1))
-    ax.barh(t["rank"].astype(str), t.share, color="tab:red"); ax.invert_yaxis(); ax.set(xlabel="share of the step between stages, nothing flowing", ylabel="rank")
-    return fig
+    ax.barh(t["rank"].astype(str), t.share, color="tab:red"); ax.invert_yaxis(); ax.set(xlabel=plot_words("plot_bubble_share"), ylabel=plot_words("plot_rank"))
+    return with_fonts(fig)
 
 # %% ../nbs/57c_profile_plots.ipynb #fed4ae83
 def plot_modules(
@@ -158,7 +167,7 @@ def plot_modules(
         name = r.path.rpartition("/")[2]
         if r.total > whole * .009 * len(name): ax.text(x + r.total / 2, r.depth - 1, name, ha="center", va="center", fontsize=7)
     ax.set(xlabel="ms", yticks=[], xlim=(0, whole)); ax.spines[["left", "top", "right"]].set_visible(False)
-    return fig
+    return with_fonts(fig)
 
 # %% ../nbs/57c_profile_plots.ipynb #83a54044
 def plot_comparison(
@@ -168,14 +177,12 @@ def plot_comparison(
 ): # matplotlib Figure
     "Steps side by side, and the operators that changed most."
     c = compare_profiles(a, b)
-    fig, ax = _axes(10, 3.8)
-    ax.remove()
-    left, right = fig.subplots(1, 2, width_ratios=[2, 3])
+    fig, (left, right) = _axes(10, 3.8, 2, width_ratios=[2, 3])
     s, x = c["steps"].drop("stage", errors="ignore"), np.arange(len(c["steps"].drop("stage", errors="ignore")))
-    left.bar(x - .2, s.before, .4, label="before", color="grey"); left.bar(x + .2, s.after, .4, label="after", color="tab:blue"); left.set(xticks=x, xticklabels=s.index, ylabel="ms of a step"); left.legend(fontsize=8)
+    left.bar(x - .2, s.before, .4, label=plot_words("plot_before"), color="grey"); left.bar(x + .2, s.after, .4, label=plot_words("plot_after"), color="tab:blue"); left.set(xticks=x, xticklabels=map(_part, s.index), ylabel=plot_words("plot_step_ms")); left.legend(fontsize=8)
     o = c["operators"].head(n)
-    right.barh(o.index, o.change_ms, color=np.where(o.change_ms > 0, "tab:red", "tab:green")); right.axvline(0, color="k", lw=.8); right.invert_yaxis(); right.set(xlabel="ms of a step, after - before"); right.tick_params(labelsize=8)
-    return fig
+    right.barh(o.index, o.change_ms, color=np.where(o.change_ms > 0, "tab:red", "tab:green")); right.axvline(0, color="k", lw=.8); right.invert_yaxis(); right.set(xlabel=plot_words("plot_change_ms")); right.tick_params(labelsize=8)
+    return with_fonts(fig)
 
 # %% ../nbs/57c_profile_plots.ipynb #5aa225eb
 def _tree(p): # of the first rank that has modules; None
@@ -199,13 +206,6 @@ PLOTS = { # name -> (numbers, figure) of (profile, device)
 }
 
 # %% ../nbs/57c_profile_plots.ipynb #9deaea7e
-def save_figure(
-    fig, # a matplotlib Figure
-    path # .png, .svg or .pdf
-) -> None:
-    "Write a figure, whole or not at all."
-    with atomic_file(path, "wb") as f: fig.savefig(f, format=Path(path).suffix[1:] or "png", dpi=120)
-
 def draw_all(
     p: Profile, # whose
     folder, # for NAME.png and NAME.csv
@@ -216,7 +216,8 @@ def draw_all(
     for name, (numbers, figure) in PLOTS.items():
         t = numbers(p, device)
         if not len(t): continue
-        with atomic_file(Path(folder) / f"{name}.csv") as f: t.to_csv(f, index=False)
+        file = Path(folder) / f"{name}.csv"
+        with writing(file), atomic_file(file) as f: t.to_csv(f, index=False)
         if figure: save_figure(figure(p, device, t), Path(folder) / f"{name}.png")
         done[name] = len(t)
     return done

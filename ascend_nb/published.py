@@ -10,7 +10,7 @@ __all__ = ['NEEDED', 'OTHERS', 'UNITS', 'TIMES', 'MOST', 'TRAITS', 'read_runs', 
 import csv
 from pathlib import Path
 import numpy as np
-from .core import UserError, messages
+from .core import UserError, messages, phrase, say
 from .costs import Layout, count
 from .hardware import DEVICES, Device, find_device
 from .shapes import ModelConfig
@@ -22,13 +22,13 @@ NEEDED = """model size seq_length num_layers hidden_size num_attention_heads ffn
 OTHERS = """vpp_chunks cp cp_algo ep sequence_parallel recompute_effective recompute_method recompute_num_layers distributed_optimizer overlap_grad_reduce flash_attention
     num_query_groups kv_channels swiglu gated_mlp untied_embeddings normalization position_embedding qkv_bias sliding_window interleave_sliding_window num_experts moe_topk
     expert_ffn_hidden_size shared_expert_ffn_hidden_size first_dense_layers moe_dispatcher moe_grouped_gemm mla mla_qk_rope_head_dim mla_qk_nope_head_dim mla_q_lora_rank
-    mla_kv_lora_rank mla_v_head_dim""".split() # columns that must be there; an empty cell means none, or the usual
+    mla_kv_lora_rank mla_v_head_dim""".split() # columns that may be absent or empty: the run has no such thing, or the usual
 
 
 def read_runs(
     path # csv with a header
 ) -> list: # of dict, one for each row; "line" is where it stands
-    "The rows of a table of runs, cells without blanks around them. Raises UserError where it is no table or a column is missing; what a cell says is asked when it is needed."
+    "The rows of a table of runs, cells without blanks around them. Raises UserError where it is no table or lacks a column of NEEDED; names those of OTHERS that it lacks. What a cell says is asked when it is needed."
     path = Path(path)
     if not path.is_file(): raise UserError("not_found", path=path, what="a csv of published runs", do="Check the path.")
     try:
@@ -37,13 +37,15 @@ def read_runs(
             rows = [{str(k).strip(): v.strip() if isinstance(v, str) else v for k, v in r.items()} | dict(line=lines.line_num) for r in lines]
     except (UnicodeDecodeError, csv.Error) as e: raise UserError("runs_not_csv", path=path, why=e) from None
     if not rows: raise UserError("runs_not_csv", path=path, why="no rows")
-    if missing := [k for k in NEEDED + OTHERS if k not in rows[0]]: raise UserError("runs_columns", path=path, missing=", ".join(missing), n=len(missing))
+    if missing := [k for k in NEEDED if k not in rows[0]]: raise UserError("runs_columns", path=path, missing=", ".join(missing), n=len(missing))
+    if absent := [k for k in OTHERS if k not in rows[0]]: say(phrase("runs_absent", path=path, absent=", ".join(absent)))
     return rows
 
 messages(
     runs_not_csv=("Found {path}, which cannot be read as a table ({why}); expected a csv with a header and rows. Check the file.", "{path} 无法作为表格读取（{why}）；应为带表头和数据行的 csv。请检查该文件。"),
-    runs_columns=("Found {path} without {n} columns: {missing}; expected all of them, cells may be empty where the run has no such thing. Add the columns.",
-                  "{path} 缺少 {n} 列：{missing}；这些列都应存在，运行没有该项时单元格可为空。请补上。"),
+    runs_columns=("Found {path} without {n} columns: {missing}; expected all of them, because nothing is foretold without. Add the columns.",
+                  "{path} 缺少 {n} 列：{missing}；没有这些列就无法预测。请补上。"),
+    runs_absent=("{path} has no column {absent}: each run is taken to have no such thing, or the usual", "{path} 没有列 {absent}：视为各次运行没有该项或取常用值"),
     runs_cell=("Found {column}={got!r} in line {line}; expected {want}. Fill the cell or remove the row.", "第 {line} 行的 {column}={got!r}；应为 {want}。请填写或删除该行。"),
     runs_spread=("Found {world:g} devices in line {line}, with tp {tp} x pp {pp} x cp {cp}, and {batch:g} samples a step; expected at least one device and one micro-batch of {micro} for each copy of the model. Check the row.",
                  "第 {line} 行有 {world:g} 个设备，tp {tp} x pp {pp} x cp {cp}，每步 {batch:g} 个样本；每份模型至少应有一组设备和一个大小为 {micro} 的微批次。请检查该行。"),
@@ -119,12 +121,12 @@ def predict(
 def summary(
     rows: list, # of the table
     predicted: list # tokens per second and device, in their order; or a sentence: why there are none
-) -> dict: # rows (counted), median_error, p90_error, by_row, left_out (not counted), unpredicted
+) -> dict: # rows (counted), median_error, p90_error, by_row
     "Errors are |predicted / published - 1|. What its source flags as impossible, what cannot be predicted and what has nothing to be compared with is listed and not counted."
     by = [_told(r, p) for r, p in zip(rows, predicted, strict=True)]
     used = [b["error"] for b in by if b["error"] is not None and b["flag"] != "impossible"]
     far = [float(np.median(used)), float(np.quantile(used, .9))] if used else [None, None]
-    return dict(rows=len(used), median_error=far[0], p90_error=far[1], by_row=by, left_out=len(by) - len(used), unpredicted=sum(b["predicted"] is None for b in by))
+    return dict(rows=len(used), median_error=far[0], p90_error=far[1], by_row=by)
 
 def _told(r, p): # a row of the answer
     out, why = dict(line=r.get("line"), model=r["model"], size=r["size"], seq_length=r["seq_length"], published=None, predicted=None, error=None, flag=r.get("mfu_flag") or ""), p if isinstance(p, str) else None

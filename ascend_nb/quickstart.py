@@ -13,9 +13,10 @@ from pathlib import Path
 from . import evaluator, preprocess, training
 from .config import (DataConfig, EvalConfig, ModelConfig, PreprocessConfig, QuickstartConfig, RunConfig, SampleConfig,
                               TrainConfig)
-from .core import UserError, atomic_file, human_time, lang, messages, pick_device, say
+from .core import UserError, human_time, lang, messages, pick_device, say
 from .generate import stream
 from .hf_format import load_model
+from .pictures import new_figure, plot_words, save_figure, with_fonts
 from .tokenizers import load_tokenizer
 
 # %% ../nbs/58_quickstart.ipynb #43ebbc0f
@@ -73,11 +74,10 @@ def plot_losses(
     path # PNG to write
 ) -> Path: # the PNG
     "One panel for each run."
-    from matplotlib.figure import Figure # no global backend is touched
-    fig = Figure(figsize=(4.2 * len(runs), 3), layout="constrained")
+    fig = new_figure(4.2 * len(runs), 3)
     for ax, (title, run) in zip(fig.subplots(1, len(runs), squeeze=False)[0], runs.items(), strict=True):
-        ax.plot(*read_losses(run)); ax.set(title=title, xlabel="step", ylabel="loss"); ax.grid(alpha=.3)
-    with atomic_file(path, "wb") as f: fig.savefig(f, format="png", dpi=110)
+        ax.plot(*read_losses(run)); ax.set(title=title, xlabel=plot_words("plot_step"), ylabel=plot_words("plot_loss")); ax.grid(alpha=.3)
+    save_figure(with_fonts(fig), path)
     return Path(path)
 
 # %% ../nbs/58_quickstart.ipynb #39da3198

@@ -19,7 +19,7 @@ from ascend_nb.memory import save_memory
 from ascend_nb.mesh import check
 from ascend_nb.model import Decoder
 from ascend_nb.parallel import CUTS
-from ascend_nb.published import cross_validate, fit_rates, predict, read_runs, run_layout, run_model, summary
+from ascend_nb.published import NEEDED, cross_validate, fit_rates, predict, read_runs, run_layout, run_model, summary
 from ascend_nb.schema import load_yaml
 from ascend_nb.shapes import ModelConfig
 from ascend_nb.step_time import RATES, gathered, step_time
@@ -285,15 +285,20 @@ def test_validate_takes_any_file_and_fits_nothing(capsys, tmp_path, runs):
         w = csv.DictWriter(f, list(rows[0])); w.writeheader()
         w.writerows({**r, "tok_p_s_per_npu": float(r["tok_p_s_per_npu"]) / 2, "mfu_flag": "impossible" if i == 0 else ""} for i, r in enumerate(rows))
     code, whole, _ = plan(capsys, "--validate", runs)
-    assert code == 0 and set(whole) >= {"rows", "median_error", "p90_error", "by_row"} and whole["rows"] == len(rows) == len(whole["by_row"]) and not whole["unpredicted"]
+    assert code == 0 and list(whole) == ["rows", "median_error", "p90_error", "by_row"] and whole["rows"] == len(rows) == len(whole["by_row"]) and all(b["predicted"] for b in whole["by_row"])
     code, got, _ = plan(capsys, "--validate", halved)
-    assert got["rows"] == len(rows) - 1 and got["left_out"] == 1
+    assert got["rows"] == len(rows) - 1 == len(got["by_row"]) - 1
     assert [b["predicted"] for b in got["by_row"]] == [b["predicted"] for b in whole["by_row"]], "predictions do not look at what was published"
-    for cut in ("tp", "mla"):
-        short = tmp_path / "short.csv"
-        short.write_text("\n".join(",".join(v for k, v in zip(rows[0], line, strict=True) if k != cut) for line in [list(rows[0])]) + "\n1\n")
-        code, _, err = plan(capsys, "--validate", short)
-        assert code == 2 and f"columns: {cut}" in err
+    few = tmp_path / "few.csv"
+    keep = [k for k in reversed(rows[0]) if k in NEEDED] # in another order, without what a run may lack
+    def write(columns, end="\r\n"): few.write_bytes(b"\xef\xbb\xbf" + end.join([",".join(columns), *(",".join(r[k] for k in columns) for r in rows[:2])]).encode())
+    write(keep)
+    code, got, err = plan(capsys, "--validate", few)
+    assert code == 0 and got["rows"] == 2 and "has no column" in err and "mla" in err and "recompute_effective" in err
+    assert [b["predicted"] for b in got["by_row"]] == [round(predict({k: r[k] for k in keep})["tokens_per_s"], 1) for r in rows[:2]]
+    write([k for k in keep if k != "tp"])
+    code, _, err = plan(capsys, "--validate", few)
+    assert code == 2 and "columns: tp" in err
 
 
 SPELLED = dict(seq_length="4K", hidden_size="4,096", ffn_hidden_size=" 11008 ", padded_vocab_size="32000.0", world_size="8", swiglu="True", gated_mlp="yes", tok_p_s_per_npu="2884 tok/s", normalization="rmsnorm", mfu_flag=None)
@@ -314,10 +319,10 @@ def test_rows_that_cannot_be_predicted_are_named_and_counted(capsys, tmp_path, r
         w.writerows({**llama, **cells} for cells, _ in STRANGE.values())
     code, got, err = plan(capsys, "--validate", strange)
     bad = sum(said is not None for _, said in STRANGE.values())
-    assert code == 0 and not err and got["rows"] == len(STRANGE) - bad == len(STRANGE) - got["left_out"] and len(got["by_row"]) == len(STRANGE)
+    assert code == 0 and not err and got["rows"] == len(STRANGE) - bad and len(got["by_row"]) == len(STRANGE)
     for (name, (_, said)), b in zip(STRANGE.items(), got["by_row"], strict=True): assert (b["error"] is None and said in b["why"]) if said else (b["error"] is not None and "why" not in b), (name, b)
     assert got["by_row"][0]["predicted"] == got["by_row"][1]["predicted"] != got["by_row"][3]["predicted"] and got["by_row"][1]["published"] == 2884
-    assert got["unpredicted"] == bad - 3, "what is predicted and has no figure of its own is told too"
+    assert sum(b["predicted"] is None for b in got["by_row"]) == bad - 3, "what is predicted and has no figure of its own is told too"
     assert main(["plan", "--validate", str(strange)]) == 0 and f"{bad} rows are not counted" in capsys.readouterr().out
     with open(strange, "w", newline="") as f: w = csv.DictWriter(f, list(llama)); w.writeheader(); w.writerow({**llama, "tp": ""})
     code, got, _ = plan(capsys, "--validate", strange)

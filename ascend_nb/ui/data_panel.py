@@ -26,7 +26,6 @@ from .forms import CodeView, Form
 from .panels import ErrandView, Panel
 from .paths import PathBox, found_at
 from .pieces import Pager, Told, figure_html
-from .run_view import plot_words
 from ..views import CUT, LEARNED, READ, _CSS, _item, find_pairs, is_raw, open_pairs, show_item, show_sample
 
 # %% ../../nbs/63_data_panel.ipynb #c581fad6
@@ -110,10 +109,7 @@ def lengths_html(
     "A histogram for each series, its numbers below it."
     out = ""
     for key, n in lengths_of(facts).items():
-        fig = plot_lengths(n, f"{key}: {n['sequences']:,}")
-        for side, words in (("x", "u_chars" if key == "characters" else "u_tokens"), ("y", "data_samples")):
-            said = plot_words(words)
-            getattr(fig.axes[0], f"set_{side}label")(said["text"], fontfamily=said.get("fontfamily"))
+        fig = plot_lengths(n, f"{key}: {n['sequences']:,}", "u_chars" if key == "characters" else "u_tokens", "data_samples")
         out += figure_html(fig, f"{key}: {phrase('report_lengths', **n)}")
     return out
 
