@@ -273,6 +273,11 @@ def save_result(
         for s in result["samples"]: f.write(jsonlib.dumps(s, ensure_ascii=False) + "\n")
     with atomic_file(output) as f: jsonlib.dump({k: v for k, v in result.items() if k != "samples"}, f, ensure_ascii=False, indent=2)
 
+def _writable(path): # told before the minutes of loading a model
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=path.parent): pass
+
 def _together(results: dict) -> dict: # task -> result: one result for all, in the same shape
     out = {}
     for r in results.values():
@@ -321,11 +326,6 @@ def result_files(
     if not cfg.output: return [None] * len(cfg.model)
     out = Path(cfg.output)
     return [out] if len(cfg.model) == 1 else [out.parent / f"{n}_{Path(m).name}" / out.name for n, m in enumerate(cfg.model, 1)]
-
-def _writable(path): # told before the minutes of loading a model
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=path.parent): pass
 
 def _run(cfg, json):
     models, world = cfg.model, rank_info().world_size

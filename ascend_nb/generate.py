@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Detokenizer', 'StopWords', 'Words', 'end_ids', 'Stream', 'stream', 'generate', 'prompt_ids', 'load', 'guesser',
-           'template', 'hears', 'fit', 'spell', 'several', 'run']
+           'template', 'hears', 'fit', 'several', 'run']
 
 # %% ../nbs/50_generate.ipynb #12ce215a
 import re, sys, time
@@ -320,20 +320,12 @@ def fit(
     return [ids[0], *ids[len(ids) - keep + 1:]] if ids[0] == model.cfg.bos_token_id else ids[len(ids) - keep:]
 
 # %% ../nbs/50_generate.ipynb #897d3e30
-def spell(
-    tokenizer: Tokenizer, # whose ids
-    ids: list, # of a whole answer
-    ends: set, # ids that end it
-    stop: list, # words that end it
-    before: list = (), # ids that it continues
-    why: str = "" # what ended it, if no stop word did
-) -> tuple: # (text, tokens of it, what ended it)
-    "Ids as `stream` would have shown them."
-    words, text, n = Words(tokenizer, stop, before), "", 0
+def _spell(words, ids, ends): # a whole answer -> (as `stream` would have shown it, its tokens); `words.found` tells whether a stop word ended it
+    text = ""
     for n, t in enumerate(ids, 1):
-        if t not in ends: text += words.add(t)
-        if words.found: break
-    return text + words.end(), n, "stop" if words.found else why
+        text += "" if t in ends else words.add(t)
+        if words.found: return text, n
+    return text + words.end(), len(ids)
 
 def several(
     model, # Decoder or Fast
@@ -344,7 +336,9 @@ def several(
 ) -> list: # of {"text", "tokens", "stopped_by", "score" or "logprobs"}
     "Several answers to one prompt, of beams the best first. Raises UserError as `stream` and `search` do."
     ends, before = end_ids(model, tokenizer, cfg.stop), [] if fresh else ids
-    if cfg.task.startswith("beam"): return [dict(zip(("text", "tokens", "stopped_by"), spell(tokenizer, b.ids, ends, cfg.stop, before, b.why)), score=b.score) for b in search(model, ids, cfg, ends)]
+    if cfg.task.startswith("beam"):
+        beams = [(b, w := Words(tokenizer, cfg.stop, before), _spell(w, b.ids, ends)) for b in search(model, ids, cfg, ends)]
+        return [dict(text=text, tokens=n, stopped_by="stop" if w.found else b.why, score=b.score) for b, w, (text, n) in beams]
     n = cfg.num_return_sequences
     batch = Batch(model, slots=n)
     rows = {batch.add(ids, replace(cfg, seed=cfg.seed + i), ends=ends, rules=rules_for(cfg, tokenizer, ends)): (Words(tokenizer, cfg.stop, before), [], []) for i in range(n)}
@@ -370,6 +364,10 @@ def run(
     "`ascend_nb generate`: the continuation on stdout as it is made, speed on stderr. Of many processes the first one prints and returns it."
     with crowd(): return _run(cfg, json)
 
+# %% ../nbs/50_generate.ipynb #9622983a
+messages(gen_probs=("log-probabilities: {each}; sum {sum:.4f}", "对数概率：{each}；合计 {sum:.4f}"))
+def _tell(probs): say(phrase("gen_probs", each=" ".join(f"{p:.4f}" for p in probs), sum=sum(probs)))
+
 def _ids(cfg, prompt, model, tokenizer): # (ids, config with the template's stop words, is it an answer?)
     if not (cfg.chat or cfg.prompt_type): return fit(prompt_ids(tokenizer, prompt), model, cfg), cfg, False
     how, stops = template(cfg, tokenizer)
@@ -391,8 +389,6 @@ def _run(cfg, json):
     more = {} if out.logprobs is None else dict(logprobs=out.logprobs)
     return dict(text=out.text, tokens=len(out.ids), tokens_per_s=round(out.tokens_per_s, 2), stopped_by=out.stopped_by, **more) if rank_info().is_main else {}
 
-def _tell(probs): say(phrase("gen_probs", each=" ".join(f"{p:.4f}" for p in probs), sum=sum(probs)))
-
 def _run_several(model, tokenizer, ids, cfg, fresh, json):
     began = time.perf_counter()
     texts = several(model, tokenizer, ids, cfg, fresh)
@@ -402,5 +398,3 @@ def _run_several(model, tokenizer, ids, cfg, fresh, json):
         say(f"text {i + 1}: {t['tokens']} tokens, ended by {t['stopped_by']}" + (f", score {t['score']:.4f}" if "score" in t else ""))
         if "logprobs" in t and not json: _tell(t["logprobs"])
     return dict(texts[0], tokens_per_s=round(speed, 2), texts=texts)
-
-messages(gen_probs=("log-probabilities: {each}; sum {sum:.4f}", "对数概率：{each}；合计 {sum:.4f}"))

@@ -106,16 +106,20 @@ class Past:
         return k, v
 
     def longer(self, ids: Sequence) -> "Past": # what is read behind it
+        "The same and more."
         one = Past(self.model, self.kv, self.worth); one.kept = []
         self.model.hidden(torch.tensor([ids], device=self.model.head_weight.device), cache=one)
         return Past(self.model, one.kept, self.worth)
 
     def read(self, texts: list) -> tuple: # of ids -> hidden states (tokens, H), where each text begins among them; none where the model ends in another process
+        "Texts behind it, each for itself."
         ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(t) for t in texts], batch_first=True) # (B,S)
         h = self.model.hidden(ids.to(self.model.head_weight.device), cache=Past(self.model, self.kv) if self.kv else None) # (B,S,H)
         return h if h is None else h.flatten(0, 1), range(0, ids.numel(), ids.shape[1])
 
-    def batches(self, rows: list, size: int) -> list: return even_batches(rows, self.length, size, min(self.worth, WORTH_ELSE)) # rows: of Row; size: in a batch
+    def batches(self, rows: list, size: int) -> list: # rows: of Row; size: in a batch
+        "Rows of nearly one length together."
+        return even_batches(rows, self.length, size, min(self.worth, WORTH_ELSE))
 
 # %% ../nbs/52a_likelihood.ipynb #4b20e8d9
 class Paged:
@@ -128,15 +132,18 @@ class Paged:
     ): self.model, self.twin, self.cache, self.length, self.worth = twin.model, twin, cache, length, WORTH.get("cpu", WORTH_ELSE) if worth is None else worth
 
     def longer(self, ids: Sequence) -> "Paged": # what is read behind it
+        "The same and more; what other branches wrote there is written over."
         self.cache.length = self.length
         self.twin.hidden(torch.tensor([ids]), cache=self.cache, last=True)
         return Paged(self.twin, self.cache, self.cache.length, self.worth)
 
     def read(self, texts: list) -> tuple: # of ids -> hidden states (tokens, H), where each text begins among them
+        "Texts behind it, each for itself."
         self.cache.length = self.length
         return self.twin.beside(texts, self.cache), [0, *accumulate(map(len, texts))]
 
     def batches(self, rows: list, size: int) -> list: # rows: of Row -> pages; a size is not needed, for nothing is padded
+        "Fill pages."
         out, room = [], 0
         for r in rows:
             n = len(r.ids) - self.length

@@ -284,6 +284,7 @@ def _right(task, doc, choices): # index or indices of what is right
     if any(not 0 <= g < len(choices) for g in (gold if isinstance(gold, list) else [gold])): raise UserError("task_gold", name=task.name, got=gold, n=len(choices), most=len(choices) - 1, ask=" ".join(str(next((doc[c] for c in ("question", "query") if c in doc), "")).split())[:60])
     return tuple(gold) if isinstance(gold, list) else gold
 
+# %% ../nbs/52_tasks.ipynb #ca92e611
 messages(
     task_choices=("Found {got} as the options of a question of {name}; expected a list in the column {column}. The row has: {known}. Mend the task's file or the questions.",
                   "任务 {name} 的某题选项为 {got}；列 {column} 应为列表。该行的列：{known}。请修正任务文件或题目文件。"),
@@ -291,6 +292,7 @@ messages(
                "任务 {name} 中有 {n} 个选项的题目（{ask}）答案为 {got}；应为 0 到 {most}。请修正该行。"),
 )
 
+# %% ../nbs/52_tasks.ipynb #2fd5259e
 def _worked(task, doc, words): # a worked example: question, answer, and both as text
     options = _answers(task, doc, words)
     gold = _right(task, doc, options) if options else None
