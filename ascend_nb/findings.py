@@ -24,7 +24,7 @@ class Finding:
     facts: dict # what fills the sentence
     evidence: pd.DataFrame # rows that show it
 
-    def __str__(self): return phrase(f"finding_{self.rule}", **self.facts)
+    def __str__(self): return phrase(f"finding_{self.rule}", **{k: phrase(v[0], **v[1]) if isinstance(v, tuple) else v for k, v in self.facts.items()}) # a tuple: a sentence in a sentence
 
 class Rule(NamedTuple):
     "When something is said."
@@ -85,7 +85,7 @@ def _small(p, device):
     if not len(small): return
     family = max(FUSED, key=lambda f: small[small.type.isin(FUSED[f])].ms.sum() * small.type.isin(SIGNS[f]).any())
     there = small.type.isin(SIGNS[family]).any()
-    yield _share(p, small), dict(share=_share(p, small), count=float(small["count"].sum()), of=float(t["count"].sum()), us=SMALL, try_=phrase("try_fused", what=family) if there else phrase("try_graph")), small.head(12)
+    yield _share(p, small), dict(share=_share(p, small), count=float(small["count"].sum()), of=float(t["count"].sum()), us=SMALL, try_=("try_fused", dict(what=family)) if there else ("try_graph", {})), small.head(12)
 
 # %% ../nbs/57d_findings.ipynb #dfbebfef
 def _family(p, device):

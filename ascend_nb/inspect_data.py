@@ -54,7 +54,7 @@ class Sniffed:
     __repr__ = __str__
 
     def _repr_html_(self):
-        e, rows = html.escape, "".join(f"<tr><td><b>{html.escape(k)}</b></td><td style='text-align:left'>{html.escape(v)}</td></tr>" for k, v in self.head)
+        e, rows = html.escape, "".join(f"<tr><td style='text-align:left'><b>{html.escape(k)}</b></td><td style='text-align:left;padding-left:12px'>{html.escape(v)}</td></tr>" for k, v in self.head)
         bad = "".join(f"<li>{e(b['row'])}: {e(b['why'])}</li>" for b in self.bad_rows)
         shown = "".join(v._repr_html_() for v in self.views) or "".join(f"<div><b>{e(t)}</b></div><pre style='white-space:pre-wrap'>{e(x)}</pre>" for t, x in self.shown)
         return (f"<div><b>{e(self.path)}</b></div><table>{rows}</table>" + (f"<ul style='color:#b33'>{bad}</ul>" if bad else "") + shown

@@ -39,7 +39,7 @@ def token_texts(
 # %% ../nbs/15_views.ipynb #4f0ac737
 READ, LEARNED, CUT = 0, 1, 2
 _ANSI = {READ: "90", LEARNED: "32", CUT: "9;31"}
-_CSS = {READ: "color:#888", LEARNED: "background:#d7f5dd;color:#063", CUT: "color:#b33;text-decoration:line-through"}
+_CSS = {READ: "opacity:.7", LEARNED: "background:#d7f5dd;color:#063", CUT: "background:#fbe3e4;color:#8c1c1c;text-decoration:line-through"} # readable on light and on dark
 
 @dataclass
 class SequenceView:
@@ -121,7 +121,7 @@ class SampleView:
 
 # %% ../nbs/15_views.ipynb #7c5c20da
 def _sample_html(self: SampleView):
-    def span(v, i): return (f"<span title='{v.sizes[i]} token{'s' * (v.sizes[i] > 1)}' style='{_CSS[v.states[i]]};border-right:1px solid #ccc'>"
+    def span(v, i): return (f"<span title='{v.sizes[i]} token{'s' * (v.sizes[i] > 1)}' style='{_CSS[v.states[i]]};border-right:1px solid rgba(128,128,128,.5)'>"
                             f"{html.escape(v.texts[i]).replace(chr(10), '⏎' + chr(10))}</span>")
     def mark(v, i): return "<hr>" * (i in v.begins) + "✂" * (v.states[i] == CUT and (not i or v.states[i - 1] != CUT))
     page, box = f"<div>{html.escape(self.note)}</div>" if self.note else "", "style='white-space:pre-wrap;font-family:monospace'"

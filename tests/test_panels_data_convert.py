@@ -61,7 +61,7 @@ def test_quick_clicks_end_at_the_last_row(page):
 def test_lengths_are_a_picture_and_its_numbers(page):
     look(page, TALES)
     page.more.selected_index = 1; settle(page)
-    html = page.more.children[1].children[0].value
+    html = page.more.pages[1].children[0].value
     chars = sorted(len(json.loads(x)["text"]) for x in TALES.read_text().splitlines())
     assert "data:image/png" in html and f"shortest {chars[0]:,}" in html and f"longest {chars[-1]:,}" in html
 

@@ -94,7 +94,7 @@ def test_a_failure_is_lifted_out_of_the_log(here):
     assert "failed" in said[0] and said[1].startswith("ascend_nb: ") and "broken_text_document" in said[1]
     page.more.selected_index = 1
     settle(page)
-    report = page.more.children[1].children[0].value
+    report = page.more.pages[1].children[0].value
     assert "python" in report and "broken_text_document" in report and "hidden_size: 32" in report
     shut(page)
 
@@ -125,7 +125,7 @@ def test_curves_of_several_runs_lie_over_each_other(here):
         (here / "runs" / name / "metrics.jsonl").write_text("".join(json.dumps(dict(step=s, time=s, loss=first / s, tokens_per_s=10)) + "\n" for s in (1, 2, 3)))
     page = TrainPanel()
     page.more.selected_index = 0
-    pick, rows, image = page.more.children[0].children
+    pick, rows, image = page.more.pages[0].children
     assert set(pick.value) == {"a", "b"} and bytes(image.value[:4]) == b"\x89PNG"
     assert "1.3333" in as_text(rows) and "1.0000" in as_text(rows)
     both = image.value
@@ -225,7 +225,7 @@ def test_a_finished_run_is_the_next_pages_model(here):
 def test_a_preset_fills_the_form_and_tells_its_price(here):
     page = TrainPanel()
     page.presets.selected_index = 0
-    presets, = page.presets.children[0].children
+    presets, = page.presets.pages[0].children
     other = [name for _, name in presets.pick.options if name != presets.pick.value][0]
     before = page.pages.value
     presets.pick.value = other

@@ -24,6 +24,7 @@ from ascend_nb.planner import plan, shape_of_plan
 from ascend_nb.schema import from_dict, knobs, load_yaml, parse_args, save_yaml
 from ascend_nb.ui.bilingual import switch
 from ascend_nb.ui.forms import CodeView, command_line, form, python_cell
+from ascend_nb.ui.looks import Folds
 from ascend_nb.ui.presets import differences, preset, presets, price, with_presets
 from ascend_nb.ui.run_view import Tail, draw, show_run, summary
 from conftest import ROOT
@@ -72,9 +73,9 @@ def test_a_wrong_value_is_told_under_its_field(name, text, words):
 
 def test_advanced_fields_are_folded():
     f = form(TrainConfig())
-    folded = next(c for c in f.children if isinstance(c, W.Accordion))
+    folded = next(c for c in f.children if isinstance(c, Folds))
     assert folded.selected_index is None
-    assert {id(c) for c in folded.children[0].children} == {id(x.box) for x in f.fields.values() if x.knob.advanced}
+    assert {id(c) for c in folded.pages[0].children} == {id(x.box) for x in f.fields.values() if x.knob.advanced}
 
 
 def test_show_me_the_code_opens_and_closes():
@@ -184,7 +185,7 @@ def test_an_open_form_follows_the_language(monkeypatch):
     monkeypatch.setenv("ASCEND_NB_LANG", "en")
     f = form(TrainConfig())
     f.code.button.click()
-    folded = next(c for c in f.children if isinstance(c, W.Accordion))
+    folded = next(c for c in f.children if isinstance(c, Folds))
     words = lambda: (f.status.value, f.code.button.description, folded.get_title(0), f.code.text.value)
     english = words()
     switch("zh")

@@ -18,6 +18,7 @@ from ..config import ChatConfig
 from ..core import HEAR, UserError, messages, phrase
 from ..generate import load
 from .bilingual import label, put_away, tell, titles
+from .looks import Folds
 from .forms import Form
 from .panels import Panel
 from .paths import PathBox
@@ -35,7 +36,7 @@ messages(
 )
 
 # %% ../../nbs/65_chat_panel.ipynb #3986b042
-YOURS, ITS = "margin-left:15%;background:var(--jp-brand-color3,rgba(33,150,243,.22))", "margin-right:15%;background:var(--jp-layout-color2,rgba(128,128,128,.16))"
+YOURS, ITS = "margin-left:15%;background:rgba(33,150,243,.22)", "margin-right:15%;background:var(--jp-layout-color2,rgba(128,128,128,.16))"
 
 def bubbles(
     pairs: list # of (question, answer)
@@ -114,8 +115,8 @@ class ChatPanel(Panel):
         self.more = label(W.Text(shlex.join(cfg.lora_load), **wide), description="chatp_more", placeholder="chatp_more_hint")
         self.beside = label(W.Text(shlex.join(beside), **wide), description="chatp_beside", placeholder="chatp_more_hint")
         self.text = label(W.Text(**wide), description="chatp_text", placeholder="chatp_text_hint")
-        self.load, self.go, self.stop, self.clear = (label(W.Button(icon=icon), description=row) for row, icon in (("chatp_load", "upload"), ("chatp_send", "paper-plane"), ("ui_stop", "stop"), ("chatp_clear", "eraser")))
-        self.said, self.knobs = W.HTML(), titles(W.Accordion([W.VBox()], selected_index=None), "chatp_knobs")
+        self.load, self.go, self.stop, self.clear = (label(W.Button(icon=icon, layout=W.Layout(width="auto", min_width="90px")), description=row) for row, icon in (("chatp_load", "upload"), ("chatp_send", "paper-plane"), ("ui_stop", "stop"), ("chatp_clear", "eraser")))
+        self.said, self.knobs = W.HTML(), titles(Folds([W.VBox()]), "chatp_knobs")
         self.area, self.stop.disabled = W.HBox(layout=W.Layout(flex_flow="row wrap")), True
         row = lambda *w: W.HBox(w, layout=W.Layout(flex_flow="row wrap"))
         super().__init__([self.model, row(self.more), row(self.beside, self.load), self.said, self.area, row(self.text, self.go, self.stop, self.clear), self.knobs])
@@ -146,7 +147,7 @@ def _rename(self: ChatPanel) -> None:
         self._form._changed()
 
 def _knobs_form(self: ChatPanel): # of the knobs; it is built when it is first looked at
-    if self._form is None: self._form = Form(self.config(), SHOWN); self.knobs.children = [self._form]
+    if self._form is None: self._form = Form(self.config(), SHOWN); self.knobs.pages[0].children = [self._form]
     return self._form
 
 def _config(self: ChatPanel) -> ChatConfig:

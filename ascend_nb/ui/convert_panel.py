@@ -18,6 +18,7 @@ from ..core import human_bytes, messages, phrase
 from ..kept import ERRANDS, Errand
 from ..schema import load_yaml
 from .bilingual import label, titles
+from .looks import Folds
 from .forms import Form
 from .panels import ErrandView, Panel, table
 from .paths import PathBox
@@ -107,7 +108,7 @@ class ConvertPanel(Panel):
         self.filter = label(W.Text(style=dict(description_width="130px")), description="convert_filter", placeholder="convert_filter_hint")
         self.rows = Told(lambda: tensors_html(self.found, self.filter.value) if self.found else "")
         self.filter.observe(lambda _: self.rows.again(), "value")
-        self.steps = titles(W.Accordion([W.VBox([self.filter, self.rows]), W.VBox()], selected_index=None), "convert_tensors", "convert_layout")
+        self.steps = titles(Folds([W.VBox([self.filter, self.rows]), W.VBox()]), "convert_tensors", "convert_layout")
         self.steps.observe(lambda change: self._build() if change.new == 1 else None, "selected_index")
         self.journey, self.certificate = Told(lambda: journey_html(self.text) if self.text else ""), Told(lambda: certificate_html(self.paper) if self.paper else "")
         self.job = ErrandView("convert", self._made, under)
@@ -131,7 +132,7 @@ def _build(self: ConvertPanel):
     self.dry.on_click(lambda b: self.rehearse())
     self.start.on_click(lambda b: self.later(lambda: self.job.start(self.form.value), button=b))
     self.form.on_change(lambda f: [setattr(b, "disabled", bool(f.errors)) for b in (self.dry, self.start)])
-    self.steps.children[1].children = [self.form, W.HBox([self.dry, self.start]), self.journey]
+    self.steps.pages[1].children = [self.form, W.HBox([self.dry, self.start]), self.journey]
 
 def _rehearse(self: ConvertPanel): # the thread
     "Where each tensor would go."

@@ -22,6 +22,7 @@ from ..schema import load_yaml, parse_args
 from ..tokenizers import load_tokenizer
 from ..turns import Pair, Record
 from .bilingual import label, tell, titles
+from .looks import Folds
 from .forms import CodeView, Form
 from .panels import ErrandView, Panel
 from .paths import PathBox, found_at
@@ -131,7 +132,7 @@ class DataPanel(Panel):
         self.look, self.take = label(W.Button(button_style="primary", icon="search"), description="data_look"), label(W.Button(icon="arrow-right", disabled=True), description="data_take")
         self.told, self.code = Told(lambda: self.found._repr_html_() if self.found else ""), CodeView()
         tell(self.told, lambda _: self.inspect() if self.found and self.said_in != lang() else None)
-        self.more = titles(W.Accordion([self._browser(), W.VBox(), W.VBox()], selected_index=None, layout=W.Layout(display="none")), "data_rows", "data_lengths", "data_make")
+        self.more = titles(Folds([self._browser(), W.VBox(), W.VBox()], layout=W.Layout(display="none")), "data_rows", "data_lengths", "data_make")
         self.more.observe(lambda change: self._open(change.new), "selected_index")
         self.made = Told(lambda: f"<pre>{escape(describe(self.result))}</pre>" if self.result else "")
         self.give, self.see = (label(W.Button(layout=W.Layout(display="none", width="auto")), description=k) for k in ("data_give", "data_see"))
@@ -159,7 +160,7 @@ def _inspect(self: DataPanel): # the thread
 def _show_found(self: DataPanel, found):
     other, self.found, self.said_in = self.found is None or self.found.path != found.path, found, lang()
     self.told.again()
-    self.take.disabled, self.more.layout.display = False, "block"
+    self.take.disabled, self.more.layout.display = False, "flex"
     facts = found.facts.get("first", found.facts)
     n = facts["usable"] if "usable" in facts else min((v["sequences"] for v in lengths_of(facts).values()), default=0)
     if other: self.form = None; self.more.selected_index = None; self.more.selected_index = 0
@@ -181,7 +182,7 @@ DataPanel.inspect, DataPanel.show, DataPanel._show_found = _inspect, _show, _sho
 def _open(self: DataPanel, section):
     "Heavy parts are built when they are opened."
     if self.found is None: return
-    if section == 1: self.drawing = self.later(lambda: Told(lambda: lengths_html(self.found.facts) if self.found else ""), lambda w: setattr(self.more.children[1], "children", [w]))
+    if section == 1: self.drawing = self.later(lambda: Told(lambda: lengths_html(self.found.facts) if self.found else ""), lambda w: setattr(self.more.pages[1], "children", [w]))
     if section == 2 and self.form is None: self._build()
 
 def _build(self: DataPanel):
@@ -191,7 +192,7 @@ def _build(self: DataPanel):
     self.start = label(W.Button(button_style="primary", icon="play", layout=W.Layout(width="auto")), description="data_start")
     self.start.on_click(lambda b: self.later(lambda: self.job.start(self.form.value), button=b))
     self.form.on_change(lambda f: setattr(self.start, "disabled", bool(f.errors)))
-    self.more.children[2].children = [self.form, self.start]
+    self.more.pages[2].children = [self.form, self.start]
 
 def _made(self: DataPanel, e):
     "An errand has finished: now, or before this page was opened."

@@ -19,11 +19,13 @@ messages(
     dr_go=("Check this machine", "检查本机"), dr_asking=("asking torch and the driver", "正在询问 torch 与驱动"), dr_copy=("Report as text", "文本报告"),
 )
 
+_MARK = {True: "<b style='color:var(--jp-success-color1,#2e7d32)'>✓</b>", False: f"<b style='color:{RED}'>✗</b>"} # signs that every font has: an emoji is a box on many hosts
+
 class DoctorPanel(Panel):
     "The report of the doctor."
     key = "panel_doctor"
     def __init__(self):
-        self.facts, self.out, self.text = None, W.HTML(), W.Textarea(layout=W.Layout(width="95%", height="14em", display="none"))
+        self.facts, self.out, self.text = None, W.HTML(), W.Textarea(style=dict(description_width="auto"), layout=W.Layout(width="95%", height="14em", display="none"))
         self.go = label(W.Button(icon="stethoscope", button_style="primary", layout=W.Layout(width="220px")), description="dr_go")
         self.go.on_click(lambda b: self.check())
         super().__init__([self.go, self.out, label(self.text, description="dr_copy")])
@@ -38,7 +40,7 @@ class DoctorPanel(Panel):
         "Write the checks."
         if self.facts is None: return
         found = doctor.checks(self.facts)
-        line = lambda c: (f"<tr><td>{'✅' if c.ok else '❌'}</td><td style='padding:2px 10px'><b>{escape(c.name)}</b></td><td style='text-align:left'>{escape(c.found)}"
+        line = lambda c: (f"<tr><td style='padding:2px 0'>{_MARK[c.ok]}</td><td style='text-align:left;padding:2px 10px'><b>{escape(c.name)}</b></td><td style='text-align:left'>{escape(c.found)}"
                           + (f"<br><span style='color:{RED}'>{escape(phrase('doc_mend'))}:</span> <code>{escape(c.fix)}</code>" if c.fix else "") + "</td></tr>")
         self.out.value = f"<table>{''.join(map(line, found))}</table>"
         self.text.value, self.text.layout.display = doctor.report(found, doctor.best_device(self.facts)), "flex"

@@ -21,6 +21,7 @@ from ..schema import knobs, load_yaml, to_dict
 from ..evaluator import result_files
 from ..tasks import TASKS, get_task
 from .bilingual import label, put_away, tell, titles
+from .looks import Folds
 from .forms import CodeView, Form
 from .panels import ErrandView, Panel, table
 from .paths import PathBox
@@ -144,9 +145,9 @@ class EvaluatePanel(Panel):
         self.every, self.start = label(W.ToggleButton(layout=W.Layout(width="auto")), description="eval_every"), label(W.Button(button_style="primary", icon="play", layout=W.Layout(width="auto")), description="eval_start")
         self.form = Form(start, SHORT)
         self.table = Told(self._table)
-        self.more = titles(W.Accordion([W.VBox(), W.VBox()], selected_index=None), "eval_compare", "eval_browse")
+        self.more = titles(Folds([W.VBox(), W.VBox()]), "eval_compare", "eval_browse")
         self.job = LiveErrand(self, under)
-        super().__init__([self.model, self.models, self.data, W.HBox([tell(W.HTML(), lambda w: setattr(w, "value", f"<b>{escape(phrase('eval_tasks'))}</b>")), *self.tasks.values()], layout=W.Layout(flex_flow="row wrap")),
+        super().__init__([self.model, self.models, self.data, W.HBox([label(W.Label(layout=W.Layout(width="128px", justify_content="flex-end", margin="2px 4px 2px -132px")), value="eval_tasks"), *self.tasks.values()], layout=W.Layout(flex_flow="row wrap", padding="0 0 0 134px")),
                           self.own, self.form, W.HBox([self.every, self.start]), self.job, self.table, self.more])
         self._wire()
         self._form(SHORT)
@@ -189,7 +190,7 @@ def _wire(self: EvaluatePanel):
 def _open(self: EvaluatePanel, at):
     "A section is built when it is first opened."
     if at is None: return
-    if not self.more.children[at].children: self.more.children[at].children = (self._comparer, self._browser)[at]()
+    if not self.more.pages[at].children: self.more.pages[at].children = (self._comparer, self._browser)[at]()
     if at == 1: self.browse()
 
 def _form(self: EvaluatePanel, names):
@@ -238,7 +239,7 @@ def _made(self: EvaluatePanel, e):
     found, cfg = e.result() or {}, load_yaml(EvalConfig, e.folder / "config.yaml")
     if cfg.output: self.named = "\n".join(map(str, result_files(cfg)))
     if "models" in found: self.compared = found
-    if len(self.more.children[0].children): self.results.value = self.named; self.comparison.again()
+    if len(self.more.pages[0].children): self.results.value = self.named; self.comparison.again()
     elif self.compared: self.more.selected_index = 0
 
 EvaluatePanel._scores, EvaluatePanel._table, EvaluatePanel._made = _scores, _table, _made

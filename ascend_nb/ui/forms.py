@@ -10,10 +10,12 @@ __all__ = ['COMMAND_OF', 'UNITS', 'to_text', 'from_text', 'unit_of', 'Field', 'F
 import ipywidgets as W
 import re
 from dataclasses import MISSING, is_dataclass
+from functools import cached_property
 from html import escape
 from ..core import UserError, messages, phrase
 from ..schema import Knob, coerce, dump_yaml, from_dict, knobs, plain_type, to_args, to_dict
 from .bilingual import label, tell
+from .looks import Folds
 
 # %% ../../nbs/60a_forms.ipynb #22e4b6b6
 messages(
@@ -71,7 +73,7 @@ def unit_of(
     return next((row for row, look in UNITS.items() if re.search(look, f"{k.name}|{k.comment}")), "")
 
 # %% ../../nbs/60a_forms.ipynb #97a8478f
-_STYLE, _WIDE = {"description_width": "230px"}, W.Layout(width="560px")
+_STYLE, _WIDE = {"description_width": "255px"}, W.Layout(width="auto", max_width="620px", flex="1 1 auto") # the longest name fits
 
 def _offered(k): # values to choose from; a switch that may be left open has three
     left = [None] if plain_type(k.type) is not k.type else []
@@ -94,8 +96,8 @@ class Field:
     ):
         self.knob, self.offered, self.control = k, _offered(k), _control(k, value)
         tell(self.control, lambda w: [setattr(w, a, k.help) for a in ("tooltip", "placeholder") if hasattr(w, a)])
-        self.note, unit = W.HTML(layout=W.Layout(display="none", margin="0 0 4px 234px")), unit_of(k)
-        self.box = W.VBox([W.HBox([self.control, label(W.Label(), value=unit)]) if unit else self.control, self.note])
+        unit = unit_of(k)
+        self.box = W.VBox([W.HBox([self.control, label(W.Label(layout=W.Layout(flex="0 0 auto")), value=unit)]) if unit else self.control])
         self.control.observe(lambda change: on_change(), "value")
 
     def read(self): # the value in its type
@@ -108,10 +110,17 @@ class Field:
         "Show another value."
         self.control.value = value if self.offered or self.knob.type is bool else to_text(value)
 
+    @cached_property
+    def note(self): # made when it is first needed: most fields are never wrong
+        note = W.HTML(layout=W.Layout(display="none", margin="0 0 4px 259px"))
+        self.box.children = [*self.box.children, note]
+        return note
+
     def complain(self,
         text: str # the reason; empty: none
     ) -> None:
         "Show or hide the reason under the field."
+        if not text and "note" not in vars(self): return
         self.note.value = f"<span style='color:var(--jp-error-color1,#c62828)'>{escape(text)}</span>" if text else ""
         self.note.layout.display = "block" if text else "none"
 
@@ -138,7 +147,7 @@ class Form(W.VBox):
             if path: yield W.HTML(f"<b>{escape('.'.join(path))}</b>")
             yield W.VBox([f.box for f in members if not f.knob.advanced])
             folded = [f.box for f in members if f.knob.advanced]
-            if folded: yield tell(W.Accordion([W.VBox(folded)], selected_index=None), lambda m: m.set_title(0, phrase("ui_advanced", n=len(m.children[0].children))))
+            if folded: yield tell(Folds([W.VBox(folded)]), lambda m: m.set_title(0, phrase("ui_advanced", n=len(m.pages[0].children))))
 
     def on_change(self,
         fn # called with the form after each change

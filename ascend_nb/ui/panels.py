@@ -13,6 +13,7 @@ from html import escape
 from ..core import WATCH, Progress, UserError, human_time, messages, phrase
 from ..kept import ERRANDS, LIVE, Errand, errand, errands
 from .bilingual import tell
+from .looks import dress
 from .run_view import Watcher
 from .static import as_html, as_text
 
@@ -52,8 +53,9 @@ def table(
     from ascend_nb.core import MESSAGES
     def cell(k, v): return "" if v is None else escape((form or {}).get(k, "{}").format(v))
     def side(v): return "right" if isinstance(v, (int, float)) and not isinstance(v, bool) else "left"
-    top = "".join(f"<th style='text-align:left;padding:2px 10px'>{escape(phrase(w) if w in MESSAGES else w)}</th>" for w in head.values())
-    body = "".join("<tr>" + "".join(f"<td style='text-align:{side(r.get(k))};padding:2px 10px'>{cell(k, r.get(k))}</td>" for k in head) + "</tr>" for r in rows)
+    over = {k: side(next((r[k] for r in rows if r.get(k) is not None), "")) for k in head} # a head stands over its numbers
+    top = "".join(f"<th style='text-align:{over[k]};padding:2px 8px'>{escape(phrase(w) if w in MESSAGES else w)}</th>" for k, w in head.items())
+    body = "".join("<tr>" + "".join(f"<td style='text-align:{side(r.get(k))};padding:2px 8px'>{cell(k, r.get(k))}</td>" for k in head) + "</tr>" for r in rows)
     return f"<div style='overflow-x:auto'><table style='border-collapse:collapse'><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
 
 # %% ../../nbs/62_panels.ipynb #71aae32a
@@ -91,6 +93,7 @@ class Panel(W.VBox):
         head = lambda h: setattr(h, "value", f"<h3 style='margin:4px 0'>{escape(phrase(self.key))}</h3><div style='max-width:70em'>{escape(phrase(self.key + '_about'))}</div>")
         self.head, self.bar, self.trouble = tell(W.HTML(), head), Bar(), Trouble()
         super().__init__([self.head, *children, self.bar, self.trouble])
+        dress(self)
 
     @contextmanager
     def guard(self):

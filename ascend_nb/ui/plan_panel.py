@@ -65,7 +65,7 @@ def memory_bars(
 # %% ../../nbs/64_plan_panel.ipynb #ffe6ebd2
 POWERS = tuple(1 << k for k in range(9))
 CHOICES = dict(tp=POWERS[:7], pp=POWERS[:7], vpp=POWERS[:4], cp=POWERS[:7], ep=POWERS, micro=POWERS[:4], zero=(1, 2, 3), recompute=tuple(RECOMPUTE)) # knob -> values of its slider, beside the planner's choice
-KNOBS = {k.name: k for k in knobs(PlanConfig)}
+KNOBS, _LEFT = {k.name: k for k in knobs(PlanConfig)}, dict(description_width="130px") # as wide as the names of paths
 
 class Choice(W.SelectionSlider):
     "One size of a layout, or the planner's choice."
@@ -74,7 +74,7 @@ class Choice(W.SelectionSlider):
         value # at the start; 0 or "": the planner's choice
     ):
         self.free, self.values = KNOBS[name].default, set(CHOICES[name])
-        super().__init__(options=[("", self.free)], description=name, continuous_update=False, style=dict(description_width="90px"), layout=W.Layout(width="350px"))
+        super().__init__(options=[("", self.free)], description=name, continuous_update=False, style=_LEFT, layout=W.Layout(width="380px"))
         self.take(value)
         tell(self, lambda s: s.offer())
 
@@ -95,11 +95,11 @@ class Choice(W.SelectionSlider):
         self.value = value
 
 def _number(name, value): # of devices, tokens or samples
-    w = W.BoundedIntText(value, min=1, max=1 << 24, description=name, style=dict(description_width="90px"), layout=W.Layout(width="240px"))
+    w = W.BoundedIntText(value, min=1, max=1 << 24, description=name, style=_LEFT, layout=W.Layout(width="280px"))
     return tell(w, lambda w: setattr(w, "tooltip", KNOBS[name].help))
 
 def _list(name, options, value): # one of several words
-    w = W.Dropdown(options=list(dict.fromkeys([*options, value])), value=value, description=name, style=dict(description_width="90px"), layout=W.Layout(width="240px"))
+    w = W.Dropdown(options=list(dict.fromkeys([*options, value])), value=value, description=name, style=_LEFT, layout=W.Layout(width="280px"))
     return tell(w, lambda w: setattr(w, "tooltip", KNOBS[name].help))
 
 # %% ../../nbs/64_plan_panel.ipynb #8f980887
@@ -118,7 +118,7 @@ class PlanPanel(Panel):
         self.wait_s, self.plan, self.rows, self.did, self._on_run = wait_s, None, [], None, None
         self.asked, self.busy, self.thread, self._lock = 0, False, None, threading.Lock()
         self._controls(); self._results()
-        left = W.VBox([*self.controls.values(), self.loosen], layout=W.Layout(flex="0 1 360px"))
+        left = W.VBox([*self.controls.values(), self.loosen], layout=W.Layout(flex="0 1 390px"))
         right = W.VBox([self.pick, self.figures, self.bars, W.HBox([self.fit, self.write, self.hand], layout=W.Layout(flex_flow="row wrap")), self.path, self.said, self.best], layout=W.Layout(flex="1 1 520px", min_width="420px"))
         super().__init__([self.model, self.known, W.HBox([left, right], layout=W.Layout(flex_flow="row wrap")), self.code])
         tell(self, lambda page: page.ask())
@@ -139,9 +139,9 @@ def _controls(self: PlanPanel):
     numbers = {n: _number(n, getattr(c, n)) for n in ("devices", "seq", "global_batch")}
     lists = dict(device=_list("device", DEVICES, c.device), dtype=_list("dtype", KNOBS["dtype"].choices, c.dtype))
     self.sliders = {n: Choice(n, getattr(c, n)) for n in CHOICES}
-    host = tell(W.Checkbox(c.optimizer_offload, description="optimizer_offload", indent=False), lambda w: setattr(w, "tooltip", KNOBS["optimizer_offload"].help))
+    host = tell(W.Checkbox(c.optimizer_offload, description="optimizer_offload", style=_LEFT), lambda w: setattr(w, "tooltip", KNOBS["optimizer_offload"].help))
     self.controls = dict(device=lists["device"], devices=numbers["devices"], seq=numbers["seq"], global_batch=numbers["global_batch"], dtype=lists["dtype"], **self.sliders, optimizer_offload=host)
-    self.loosen = label(W.Button(icon="unlock"), description="planp_loosen")
+    self.loosen = label(W.Button(icon="unlock", layout=W.Layout(width="auto", align_self="flex-start", margin="2px 2px 2px 134px")), description="planp_loosen")
     for w in self.controls.values(): w.observe(lambda _: self.ask(), "value")
     self.model.on_change(lambda _: self.ask())
     self.known.observe(lambda change: change.new and setattr(self.model, "value", change.new), "value")
@@ -152,7 +152,7 @@ PlanPanel._controls = _controls
 # %% ../../nbs/64_plan_panel.ipynb #6c4b4084
 def _results(self: PlanPanel):
     "What is told, and the buttons below it."
-    wide = dict(style=dict(description_width="90px"), layout=W.Layout(width="auto", max_width="820px"))
+    wide = dict(style=_LEFT, layout=W.Layout(width="auto", max_width="820px"))
     self.pick = label(W.Dropdown(options=[("", -1)], **wide), description="planp_layout")
     self.figures, self.bars, self.said, self.best, self.code = W.HTML(), W.HTML(), W.HTML(), W.HTML(), CodeView()
     self.fit, self.write, self.hand = (label(W.Button(icon=icon, disabled=True), description=row) for row, icon in (("planp_fit", "magic"), ("planp_write", "save"), ("planp_hand", "play")))

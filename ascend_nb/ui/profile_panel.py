@@ -19,6 +19,7 @@ from ..profile_report import run as run_profile
 from ..profile_views import compare_profiles
 from ..training_logs import plot_logs, read_log, run as run_logs
 from .bilingual import label, tell, titles
+from .looks import Folds
 from .forms import CodeView
 from .panels import Panel, table
 from .paths import PathBox
@@ -103,7 +104,7 @@ class ProfilePanel(Panel):
         tell(self.which, self._rename)
         self.change = Told(lambda: self.drawn.get("change") or (escape(phrase("prof_no_base")) if self.base is None else ""))
         self.out, self.export, self.wrote = label(W.Text(cfg.out or "profile_report", style=wide), description="prof_out"), label(W.Button(icon="download", layout=W.Layout(width="auto")), description="prof_export"), Told(lambda: escape(phrase("prof_wrote", **self.drawn["wrote"])) if "wrote" in self.drawn else "")
-        self.more = titles(W.Accordion([W.VBox([self.which, self.picture]), self.change, W.VBox([self.out, W.HBox([self.export]), self.wrote]), self._logs()], selected_index=None), "prof_plots", "prof_changes", "prof_report", "prof_logs")
+        self.more = titles(Folds([W.VBox([self.which, self.picture]), self.change, W.VBox([self.out, W.HBox([self.export]), self.wrote]), self._logs()]), "prof_plots", "prof_changes", "prof_report", "prof_logs")
         super().__init__([self.path, self.before, self.device, W.HBox([self.read]), self.told, self.code, self.more])
         self.read.on_click(lambda _: self.inspect()); self.export.on_click(lambda _: self.report())
         for w, name in ((self.which, "value"), (self.more, "selected_index")): w.observe(lambda _: self.draw(), name)

@@ -10,6 +10,7 @@ import ipywidgets as W
 import re
 from base64 import b64encode
 from html import escape, unescape
+from .looks import Folds
 
 # %% ../../nbs/61a_static.ipynb #4212fade
 def _value(w): # what a control holds, as a reader sees it
@@ -18,14 +19,15 @@ def _value(w): # what a control holds, as a reader sees it
     label = getattr(w, "label", None) if hasattr(w, "options") else None
     return str(w.value if label is None else label)
 
-def _titled(w): # (title, page) of an Accordion or a Tab; only the pages that are open
+def _titled(w): # (title, page) of sections or a Tab; only the pages that are open
     shown = range(len(w.children)) if w.selected_index is None and isinstance(w, W.Tab) else [w.selected_index] if w.selected_index is not None else []
-    return [(w.get_title(i), w.children[i] if i in shown else None) for i in range(len(w.children))]
+    pages = getattr(w, "pages", w.children)
+    return [(w.get_title(i), p if i in shown else None) for i, p in enumerate(pages)]
 
 def _picture(w): return f"<img alt='' src='data:image/{w.format};base64,{b64encode(w.value).decode()}' style='max-width:100%'>" if w.value else ""
 
 _ROWS = ( # kind, its children, its HTML from theirs
-    ((W.Accordion, W.Tab), _titled, lambda w, inner: "".join(f"<details{' open' if page else ''}><summary>{escape(title)}</summary>{page or ''}</details>" for title, page in inner)),
+    ((Folds, W.Accordion, W.Tab), _titled, lambda w, inner: "".join(f"<details{' open' if page else ''}><summary>{escape(title)}</summary>{page or ''}</details>" for title, page in inner)),
     (W.HBox, lambda w: w.children, lambda w, inner: "<div style='display:flex;flex-wrap:wrap;gap:8px'>" + "".join(inner) + "</div>"),
     (W.Box, lambda w: w.children, lambda w, inner: "".join(f"<div>{x}</div>" for x in inner if x)),
     (W.Image, None, lambda w, _: _picture(w)),

@@ -11,6 +11,7 @@ import ipywidgets as W
 from html import escape
 from ..core import messages, one_of, phrase
 from .bilingual import LanguageSwitch, tell, titles
+from .looks import dress
 from .panels import Trouble
 from .run_view import Watcher
 from .static import as_html, as_text
@@ -46,6 +47,7 @@ class Studio(W.VBox):
         self.tab = titles(W.Tab([W.VBox() for _ in PAGES]), *PAGES)
         title = tell(W.HTML(), lambda w: setattr(w, "value", f"<h2 style='margin:2px 12px 2px 0'>{escape(phrase('st_title'))}</h2>"))
         super().__init__([W.HBox([title, LanguageSwitch(), self.beat], layout=W.Layout(align_items="center", flex_flow="row wrap")), self.trouble, self.tab])
+        dress(self)
         self.tab.selected_index = [*PAGES].index(first)
         self.page(first)
         self.tab.observe(self._click, "selected_index")

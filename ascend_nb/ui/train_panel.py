@@ -15,6 +15,7 @@ from ..core import messages, phrase
 from ..kept import LIVE
 from ..schema import knobs
 from .bilingual import label, put_away, tell, titles
+from .looks import Folds
 from .forms import Form
 from .panels import RED, KeptView, Panel, table
 from .run_view import RunView, Tail, draw
@@ -25,7 +26,7 @@ messages(
     panel_train=("Train", "训练"), panel_train_about=("A training runs by itself: close the page, and open it again to see how far it is.", "训练独立于页面运行：关闭页面后重新打开即可查看进度。"),
     tr_basics=("Basics", "基本"), tr_shape=("New model", "新模型"), tr_lora=("LoRA", "LoRA 微调"), tr_spread=("Devices", "设备"), tr_more=("All of training", "全部训练项"), tr_data=("All of data", "全部数据项"),
     tr_start=("Start", "开始训练"), tr_start_tip=("Start the training as a job of its own", "作为独立任务启动训练"), tr_nproc=("processes", "进程数"),
-    tr_cards=("cards", "NPU 卡号"), tr_cards_tip=("Numbers of the NPUs, with commas between; empty: the first ones", "NPU 编号，以逗号分隔；留空则使用最前面的几张"),
+    tr_cards=("cards", "NPU 卡号"), tr_cards_hint=("e.g. 0,1; empty: any", "如 0,1；可留空"), tr_cards_tip=("Numbers of the NPUs, with commas between; empty: the first ones", "NPU 编号，以逗号分隔；留空则使用最前面的几张"),
     tr_runs=("Runs in", "运行目录所在"), tr_look=("Look for runs", "查找运行"), tr_run=("run", "运行"), tr_none=("no run yet", "还没有运行"),
     tr_going=("{n} still going: attached to {name}", "{n} 个任务仍在运行：已附加到 {name}"), tr_found=("{n} runs found, none is going", "找到 {n} 个运行，均已结束"),
     tr_presets=("Presets and files: price, load, save, what differs", "预设与配置文件：开销、加载、保存与差异"), tr_over=("Lay curves over each other", "叠加曲线"), tr_report=("Copy for a bug report", "复制以报告问题"), tr_again=("Go on", "继续训练"),
@@ -129,18 +130,18 @@ class TrainPanel(Panel):
         self.on_model, self.live, self.jobs, self.bar_of_presets = lambda path: None, None, {}, None # the studio hands the model on
         self.pages = Pages(cfg or RunConfig(), PAGES, self._checked)
         self.nproc = label(W.BoundedIntText(1, min=1, max=1024, layout=W.Layout(width="200px")), description="tr_nproc")
-        self.cards = label(W.Text(layout=W.Layout(width="260px")), description="tr_cards", tooltip="tr_cards_tip", placeholder="tr_cards_tip")
+        self.cards = label(W.Text(layout=W.Layout(width="260px")), description="tr_cards", tooltip="tr_cards_tip", placeholder="tr_cards_hint")
         self.go = label(W.Button(icon="play", button_style="primary"), description="tr_start", tooltip="tr_start_tip")
-        self.folder = label(W.Text(folder, continuous_update=False, style=dict(description_width="auto")), description="tr_runs")
+        self.folder = label(W.Text(folder, continuous_update=False, style=dict(description_width="90px")), description="tr_runs")
         self.look = label(W.Button(icon="refresh"), description="tr_look")
-        self.runs = label(W.Dropdown(options=[]), description="tr_run")
+        self.runs = label(W.Dropdown(options=[], style=dict(description_width="90px")), description="tr_run")
         self.again = label(W.Button(icon="step-forward"), description="tr_again", tooltip="tr_again_tip")
-        self.found, self.now, self.more = W.HTML(), W.VBox(), W.Accordion([W.VBox(), W.VBox()], selected_index=None)
+        self.found, self.now, self.more = W.HTML(), W.VBox(), Folds([W.VBox(), W.VBox()])
         self.need, row = W.HTML(), W.Layout(flex_flow="row wrap")
-        self.presets = W.Accordion([W.VBox()], selected_index=None)
+        self.presets = Folds([W.VBox()])
         left = [self.presets, self.pages, self.need, W.HBox([self.go, self.nproc, self.cards], layout=row)]
         right = [W.HBox([self.folder, self.look], layout=row), W.HBox([self.runs, self.again], layout=row), self.found, self.now, self.more]
-        side = lambda children: W.VBox(children, layout=W.Layout(flex="1 1 580px", min_width="420px"))
+        side = lambda children: W.VBox(children, layout=W.Layout(flex="1 1 580px", min_width="420px", padding="0 12px 0 0"))
         super().__init__([W.HBox([side(left), side(right)], layout=W.Layout(flex_flow="row wrap-reverse", align_items="flex-end"))]) # a narrow page shows what goes on first
         self._wire()
         self.search()
@@ -222,12 +223,12 @@ def _preset(self: TrainPanel, change):
     from ascend_nb.ui.presets import Presets
     if change.new == 0 and not self.bar_of_presets:
         self.bar_of_presets = Presets(lambda: self.pages.value, lambda cfg: setattr(self.pages, "value", cfg))
-        self.presets.children[0].children = [self.bar_of_presets]
+        self.presets.pages[0].children = [self.bar_of_presets]
 
 def _opened(self: TrainPanel, change):
     "Built when it is looked at."
     if change.new == 0: self._overlay()
-    if change.new == 1: self.later(self._report, lambda text: setattr(self.more.children[1], "children", [W.Textarea(text, layout=W.Layout(width="95%", height="22em"))]))
+    if change.new == 1: self.later(self._report, lambda text: setattr(self.more.pages[1], "children", [W.Textarea(text, layout=W.Layout(width="95%", height="22em"))]))
 
 def _report(self: TrainPanel) -> str:
     "What a report needs: the machine, the config, the last lines."
@@ -252,6 +253,6 @@ def _overlay(self: TrainPanel):
         last = [dict(run=n, **([r for r in t.rows if "loss" in r] or [{}])[-1]) for n, t in tails.items()]
         rows.value = table(last, dict(run="tr_run", step="tr_steps", loss="plot_loss", tokens_per_s="plot_speed"), dict(loss="{:.4f}", tokens_per_s="{:,.0f}"))
     pick.observe(show, "value")
-    self.more.children[0].children = [pick, tell(rows, lambda w: show()), image]
+    self.more.pages[0].children = [pick, tell(rows, lambda w: show()), image]
 
 TrainPanel._overlay = _overlay
