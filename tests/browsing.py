@@ -76,14 +76,14 @@ def voila(folder):
     with serving(words, f"http://127.0.0.1:{port}/voila/static/none", folder, 60): yield f"http://127.0.0.1:{port}/"
 
 
-SAID = ("widget model not found", "Yjs was already imported")  # of the host: an output of a kernel that is gone; two managers on one page, which is a test's own doing
+SAID = ("widget model not found", "Yjs was already imported", "getter for the shared module")  # of the hosts: an output of a kernel that is gone; two managers on one page (a test's doing); JupyterLab's extensions under voila
 
 
 def complaints(page):
     "What the console reports as an error from now on; what is known of the hosts is left out."
     said = []
     page.on("console", lambda m: said.append(m.text) if m.type == "error" and not any(w in m.text for w in SAID) else None)
-    page.on("pageerror", lambda e: said.append(str(e))))
+    page.on("pageerror", lambda e: said.append(str(e)))
     return said
 
 
