@@ -39,7 +39,7 @@ class EvalConfig(AdapterConfig):
         for k in ("model", "data_path", "task", "defects", "lora_load"):
             v = getattr(self, k)
             v = [v] if isinstance(v, (str, PurePath)) else v
-            setattr(self, k, [w for x in v for w in x.split(",") if w] if k in ("task", "defects") else [str(x) for x in v])
+            setattr(self, k, [w.strip() for x in v for w in x.split(",") if w.strip()] if k in ("task", "defects") else [str(x) for x in v])
 
 # %% ../nbs/02d_measuring.ipynb #9071d45c
 @dataclass

@@ -163,7 +163,7 @@ def coerce(
     if k.choices and v not in k.choices:
         near = difflib.get_close_matches(str(v), list(map(str, k.choices)), 1)
         raise UserError("bad_choice", name=k.name, got=v, allowed=", ".join(map(str, k.choices)), hint=did_you_mean(*near))
-    if (k.low is not None and v < k.low) or (k.high is not None and v > k.high):
+    if (k.low is not None and not v >= k.low) or (k.high is not None and not v <= k.high): # not a number is neither
         raise UserError("bad_bound", name=k.name, got=v, low="-inf" if k.low is None else k.low, high="inf" if k.high is None else k.high, help=k.help)
     return v
 

@@ -76,7 +76,7 @@ def voila(folder):
     with serving(words, f"http://127.0.0.1:{port}/voila/static/none", folder, 60): yield f"http://127.0.0.1:{port}/"
 
 
-SAID = ("widget model not found", "Yjs was already imported")  # of the host: an output of a kernel that is gone; two managers on one page, which is a test's own doing
+SAID = ("widget model not found", "Yjs was already imported", "getter for the shared module")  # of the hosts: an output of a kernel that is gone; two managers on one page (a test's doing); JupyterLab's extensions under voila
 
 
 def complaints(page):

@@ -55,7 +55,6 @@ def _data(page):
 
 
 def _train(page, desk):
-    tab(page, "Train")
     says(page, "data_path")
     assert field(page, "data_path").input_value().endswith("notes")
     press(page, "New model")

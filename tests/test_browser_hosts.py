@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from browsing import CUT, FOCUS, MARK, PALE, VSCODE, browser, field, fill, lab, open_lab, press, run_all, says, sessions, shot, theme, turn, unfold, voila
+from conftest import ROOT
 
 pytestmark = pytest.mark.slow
 PAGES = dict(Data="数据", Convert="转换", Plan="规划", Train="训练", Chat="对话", Evaluate="评测", Profile="性能分析", Doctor="环境检查")
@@ -94,15 +95,12 @@ def test_where_widgets_are_missing_it_is_html_and_text(desk):
 
 def _model(folder):
     "A model that can say something, and no more."
-    import torch
-
     from ascend_nb.config import ModelConfig
     from ascend_nb.hf_format import save_model
     from ascend_nb.model import Decoder
     from ascend_nb.tokenizers import load_tokenizer
-    tokenizer = load_tokenizer("data_samples/tokenizer")
-    torch.manual_seed(1)
-    save_model(Decoder(ModelConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=512)), folder, tokenizer=tokenizer)
+    tok = load_tokenizer(ROOT / "data_samples/tokenizer")
+    save_model(Decoder(ModelConfig(vocab_size=tok.vocab_size, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=512)).init_weights(1), folder, tok)
 
 
 LONG = "一个很长的目录名/" * 6 + "a_folder_whose_name_goes_on_and_on_without_a_blank_" * 3 + "结束"
@@ -251,7 +249,7 @@ def test_a_server_that_is_started_again(desk):
         says(page, "kernel alive")
         _errand(page)
         press(page, "Train on the result")
-        says(page, "data_path")
+        says(page, "data_path")  # the page that was handed to comes along
         press(page, "New model")
         for name, n in dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2).items(): fill(page, name, str(n))
         press(page, "Basics")

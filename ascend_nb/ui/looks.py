@@ -65,6 +65,7 @@ SHEET = f"""<style>
 body[data-jp-theme-light="false"] .ascend-nb {{ --jp-error-color1: #ff8a80; --jp-success-color1: #81c784; }}
 .ascend-nb .lm-TabBar-tabLabel {{ color: var(--jp-ui-font-color1, inherit); }}
 .ascend-nb.ascend-nb :focus-visible {{ outline: 2px solid var(--jp-brand-color1, #1976d2) !important; outline-offset: 1px; }}
+.ascend-nb .widget-html-content {{ min-width: 0; }}
 .ascend-nb input, .ascend-nb input::placeholder {{ text-overflow: ellipsis; }}
 .ascend-nb button.ascend-nb-fold {{ text-align: left; padding: 0 12px; height: auto; min-height: 32px; box-shadow: none; }}
 </style>"""

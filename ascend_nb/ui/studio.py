@@ -99,7 +99,7 @@ def _train(self: Studio,
     cfg=None, # a RunConfig for the form; none: what stands there
     **changes # path of a knob -> value, e.g. {"data.data_path": ["tales_text_document"]}
 ) -> None:
-    "Hand something to the training page."
+    "Hand something to the training page, and open it."
     from ascend_nb.schema import from_dict, to_dict
     panel = self.page("panel_train")
     tree = to_dict(cfg or panel.pages.cfg)
@@ -107,6 +107,7 @@ def _train(self: Studio,
         section, name = path.split(".")
         tree[section][name] = value
     panel.pages.value = from_dict(type(panel.pages.cfg), tree)
+    self.tab.selected_index = [*PAGES].index("panel_train") # whoever hands over goes along
 
 def _model(self: Studio, path):
     "A finished run is the next page's model."
