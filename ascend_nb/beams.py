@@ -14,7 +14,7 @@ from .core import UserError, messages
 from .batches import room_for
 from .many_devices import Spread, new_cache
 from .reading import Memory, read
-from .sampling import check, penalise, penalised, warp
+from .sampling import check, generator_of, penalise, penalised, warp
 
 # %% ../nbs/49f_beams.ipynb #e7d2c830
 class Beam(NamedTuple):
@@ -95,7 +95,7 @@ def search(
 ) -> list: # of Beam, the best first
     "Beam search, or beams that are drawn. Raises UserError for a prompt that cannot be read, more texts than beams, or a model in several processes."
     check(cfg)
-    n, room, generator = cfg.num_beams, room_for(model, ids, cfg), torch.Generator().manual_seed(cfg.seed)
+    n, room, generator = cfg.num_beams, room_for(model, ids, cfg), generator_of(cfg)
     if cfg.num_return_sequences > n: raise UserError("beam_many", n=cfg.num_return_sequences, beams=n)
     if isinstance(model, Spread): raise UserError("beam_spread")
     if cfg.regex or cfg.json_schema: raise UserError("beam_rules")

@@ -15,10 +15,12 @@ from .adapters import book, use_adapter
 from .config import ChatConfig
 from .core import UserError, in_notebook, messages, phrase, rank_info, say
 from .families import max_length
-from .generate import Memory, check, fit, guesser, hears, load, template
+from .generate import Memory, end_ids, fit, guesser, hears, load, template
 from .generate import stream as stream_text
 from .many_devices import crowd, listening, meet
 from .model import Decoder
+from .rules import rules_for
+from .sampling import check, generator_of
 from .templates import encode_prompt
 from .tokenizers import Tokenizer
 
@@ -42,12 +44,13 @@ class Chat:
         self.how, stops = template(cfg, tokenizer)
         self.model, self.tokenizer, self.cfg, self.guess = model, tokenizer, replace(cfg, stop=[*cfg.stop, *stops]), guesser(cfg, model)
         if self.cfg.history_turns and not hears(tokenizer, self.how)[1]: raise UserError("chat_deaf")
+        rules_for(self.cfg, tokenizer, end_ids(model, tokenizer)) # a form that is none is told before the first question
         self.clear()
 
     def clear(self) -> None:
         "Forget everything that was said."
         self.history, self.last, self.memory = [], None, Memory(self.model) # history: (question, answer) pairs
-        self.generator = torch.Generator().manual_seed(self.cfg.seed)
+        self.generator = generator_of(self.cfg)
 
     def prompt(self,
         text: str # a question
@@ -62,7 +65,7 @@ class Chat:
             ids = encode_prompt([*system, *said, dict(role="user", content=text)], self.tokenizer, **self.how)
             if len(ids) + room <= most: break
         if n < turns and len(ids) < most: say(phrase("chat_trimmed", n=turns - n, length=most))
-        return ids
+        return fit(ids, self.model, self.cfg)
 
 # %% ../nbs/51_chat.ipynb #8361223c
 @patch
@@ -154,10 +157,10 @@ def _listen() -> str | None: # None at the end
 
 # %% ../nbs/51_chat.ipynb #312c5122
 def _switch(chat, word): # "/adapter poems", "/adapter none", "/adapter"
-    try:
-        if word: chat.adapter(None if word == "none" else word)
-    except UserError as e: say(e); return
     b = book(chat.model)
+    try:
+        if word and b.specs: chat.adapter(None if word == "none" else word)
+    except UserError as e: say(e); return
     say(phrase("chat_adapters", names=", ".join(b.specs) or "-", now=b.using or "none"))
 
 # %% ../nbs/51_chat.ipynb #6f3b60c8

@@ -10,7 +10,7 @@ import json as jsonlib
 from pathlib import Path
 from .chances import mcnemar, paired_bootstrap, wilson
 from .config import CompareConfig
-from .core import UserError, atomic_file, messages
+from .core import UserError, atomic_file, messages, writing
 from .pictures import plot_words, save_figure, with_fonts
 
 # %% ../nbs/52d_comparing.ipynb #a87c9959
@@ -129,6 +129,6 @@ def run(
     found = compare({n: read_result(p) for n, p in zip(names, cfg.results)})
     if cfg.plot: save_plot(found, cfg.plot)
     if cfg.output:
-        with atomic_file(cfg.output) as f: jsonlib.dump(found, f, ensure_ascii=False, indent=2)
+        with writing(cfg.output), atomic_file(cfg.output) as f: jsonlib.dump(found, f, ensure_ascii=False, indent=2)
     if not json: print(compare_table(found))
     return found

@@ -300,3 +300,24 @@ def _new_cache(self: Fast,
     return (SmallCache if self.small_cache else KVCache)(self.cfg, batch, max_len, w.dtype, w.device)
 
 Fast.step, Fast._one_by_one, Fast.new_cache = _step, _one_by_one, _new_cache
+
+# %% ../nbs/49b_decoder.ipynb #58b080c5
+def _beside(self: Fast,
+    texts: list, # of lists of ids, none of them empty
+    cache: KVCache # of one sequence: what all texts begin with. Behind it their keys and values are written; its length stays
+) -> Tensor: # (tokens, H), one text behind the other
+    "Read texts that all follow what is in the cache; none sees another. Raises UserError where they do not fit into it."
+    at, sizes = cache.length, torch.tensor([len(t) for t in texts])
+    n, begin = int(sizes.sum()), (sizes.cumsum(0) - sizes).repeat_interleave(sizes) # of each token, where its text begins
+    if at + n > cache.max_len: raise UserError("cache_full", need=at + n, have=cache.max_len)
+    x = self.model.model.embed(torch.tensor([[i for t in texts for i in t]]), at, None)[0].contiguous()
+    places = at + torch.arange(n) - begin
+    cos, sin = (t[0, 0, places] for t in self.model.model.rope.table(int(places.max()) + 1, torch.float32, x.device))
+    own, room = F.pad(at + begin, (0, -n % 32), value=at + int(begin[-1])), 4 * self.c.R
+    for a in range(0, n, PAGE):
+        row = native.Row(at + a, cache.max_len, cos.data_ptr() + a * room, sin.data_ptr() + a * room, self._places(cache, 0))
+        self.work = pages.read_page(self.c, row, x[a:a + PAGE], False, self.work, own[a:], at)
+    return x
+
+Fast.beside = _beside
+Fast.besides = property(lambda self: not self.why and bool(pages.library()[0]) and not any(l.self_attn.window for l in self.model.model.layers.values())) # can it?

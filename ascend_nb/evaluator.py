@@ -13,11 +13,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from itertools import groupby
 from pathlib import Path
+from tempfile import TemporaryFile
 from .asking import chat_of, check_room, ids_of, pairs_of
 from .chances import mean_stderr, paired_bootstrap, pooled_stderr, wilson
 from .comparing import compare, compare_table, save_plot
 from .confined import run_confined, walls
-from .core import Progress, UserError, atomic_file, messages, phrase, pick_device, pick_dtype, rank_info, say
+from .core import Progress, UserError, atomic_file, messages, one_of, phrase, pick_device, pick_dtype, rank_info, say, writing
 from .config import EvalConfig
 from .decoder import Fast
 from .families import max_length
@@ -27,7 +28,7 @@ from .generate import load
 from .many_devices import copies, crowd, meet
 from .marking import NOTHING, extract, mark
 from .model import Decoder
-from .tasks import Item, Task, get_task, known_defects, load_task, missing_subjects, task_files
+from .tasks import TASKS, Item, Task, get_task, known_defects, load_task, missing_subjects, task_files
 from .writing import batch_for, write_answers
 
 # %% ../nbs/53_evaluator.ipynb #d4420c7c
@@ -272,6 +273,11 @@ def save_result(
         for s in result["samples"]: f.write(jsonlib.dumps(s, ensure_ascii=False) + "\n")
     with atomic_file(output) as f: jsonlib.dump({k: v for k, v in result.items() if k != "samples"}, f, ensure_ascii=False, indent=2)
 
+def _writable(path): # told before the minutes of loading a model
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=path.parent): pass
+
 def _together(results: dict) -> dict: # task -> result: one result for all, in the same shape
     out = {}
     for r in results.values():
@@ -281,6 +287,7 @@ def _together(results: dict) -> dict: # task -> result: one result for all, in t
 # %% ../nbs/53_evaluator.ipynb #e4fba864
 def _places(cfg: EvalConfig) -> dict: # task -> where its data is
     names = list(dict.fromkeys(cfg.task))
+    if not names: raise UserError("eval_no_task", known=", ".join(TASKS))
     tasks = [get_task(n, cfg.protocol, cfg.defects) for n in names]
     paths = cfg.data_path
     if len(paths) not in (1, len(tasks)): raise UserError("eval_paths", paths=len(paths), tasks=len(tasks), names=", ".join(names))
@@ -288,6 +295,7 @@ def _places(cfg: EvalConfig) -> dict: # task -> where its data is
     for t, p in zip(tasks, paths * len(tasks) if len(paths) == 1 else paths):
         if t.protocol not in (cfg.protocol, "own"): say(phrase("task_protocol", name=t.name, has=t.protocol, got=cfg.protocol))
         places[t] = t.home if t.home and any((Path(t.home)).glob(t.files)) else str(p)
+        for m in t.metrics if t.choices else (): one_of("metric", m, METRICS)
         load_task(t, places[t], cfg.num_fewshot, 1) # mistakes in the data come before the minutes of loading a model
         if lack := missing_subjects(t, task_files(t, places[t])): say(lack)
     return places
@@ -295,6 +303,7 @@ def _places(cfg: EvalConfig) -> dict: # task -> where its data is
 messages(
     output_is_folder=("Found a folder at {path}; expected the name of a JSON file. Pass --output {path}/result.json.",
                       "{path} 是一个目录；应为 JSON 文件名。请传入 --output {path}/result.json。"),
+    eval_no_task=("Found no task; expected one at least of: {known}, or a YAML file of your own. Pass --task.", "没有给出任务；至少应有一个：{known}，或自己的 YAML 文件。请传入 --task。"),
     eval_paths=("Found {paths} data paths for {tasks} tasks ({names}); expected one for all, or one for each. Change --data-path.",
                 "{tasks} 个任务（{names}）给出了 {paths} 个数据路径；应为一个或每个任务各一个。请修改 --data-path。"),
     eval_models=("Found {n} models and {world} processes; expected one model there. Evaluate each with torchrun, then: ascend_nb compare A.json B.json",
@@ -326,6 +335,7 @@ def _run(cfg, json):
     places = _places(cfg)
     if any(t.compare == "code" for t in places) and rank_info().is_main: say(phrase("eval_walls", walls=", ".join(f"{k}: {v}" for k, v in walls().items())))
     if cfg.output and Path(cfg.output).is_dir(): raise UserError("output_is_folder", path=cfg.output)
+    for out in result_files(cfg) if cfg.output and rank_info().is_main else (): _writable(out)
     if len(models) == 1: return _one(cfg, models[0], places, *result_files(cfg), mesh, json)
     each = {}
     for m, out in zip(models, result_files(cfg), strict=True):

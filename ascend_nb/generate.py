@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Detokenizer', 'StopWords', 'Words', 'end_ids', 'Stream', 'stream', 'generate', 'prompt_ids', 'load', 'guesser',
-           'template', 'hears', 'fit', 'spell', 'several', 'run']
+           'template', 'hears', 'fit', 'several', 'run']
 
 # %% ../nbs/50_generate.ipynb #12ce215a
 import re, sys, time
@@ -320,16 +320,12 @@ def fit(
     return [ids[0], *ids[len(ids) - keep + 1:]] if ids[0] == model.cfg.bos_token_id else ids[len(ids) - keep:]
 
 # %% ../nbs/50_generate.ipynb #897d3e30
-def spell(
-    tokenizer: Tokenizer, # whose ids
-    ids: list, # of a whole answer
-    ends: set, # ids that end it
-    stop: list, # words that end it
-    before: list = () # ids that it continues
-) -> str:
-    "Ids as `stream` would have shown them."
-    words = Words(tokenizer, stop, before)
-    return "".join(words.add(t) for t in ids if t not in ends and not words.found) + words.end()
+def _spell(words, ids, ends): # a whole answer -> (as `stream` would have shown it, its tokens); `words.found` tells whether a stop word ended it
+    text = ""
+    for n, t in enumerate(ids, 1):
+        text += "" if t in ends else words.add(t)
+        if words.found: return text, n
+    return text + words.end(), len(ids)
 
 def several(
     model, # Decoder or Fast
@@ -340,16 +336,20 @@ def several(
 ) -> list: # of {"text", "tokens", "stopped_by", "score" or "logprobs"}
     "Several answers to one prompt, of beams the best first. Raises UserError as `stream` and `search` do."
     ends, before = end_ids(model, tokenizer, cfg.stop), [] if fresh else ids
-    out = lambda made, why, **more: dict(text=spell(tokenizer, made, ends, cfg.stop, before), tokens=len(made), stopped_by=why, **more)
-    if cfg.task.startswith("beam"): return [out(b.ids, b.why, score=b.score) for b in search(model, ids, cfg, ends)]
+    if cfg.task.startswith("beam"):
+        beams = [(b, w := Words(tokenizer, cfg.stop, before), _spell(w, b.ids, ends)) for b in search(model, ids, cfg, ends)]
+        return [dict(text=text, tokens=n, stopped_by="stop" if w.found else b.why, score=b.score) for b, w, (text, n) in beams]
     n = cfg.num_return_sequences
     batch = Batch(model, slots=n)
-    rows = {batch.add(ids, replace(cfg, seed=cfg.seed + i), ends=ends, rules=rules_for(cfg, tokenizer, ends)): ([], []) for i in range(n)}
+    rows = {batch.add(ids, replace(cfg, seed=cfg.seed + i), ends=ends, rules=rules_for(cfg, tokenizer, ends)): (Words(tokenizer, cfg.stop, before), [], []) for i in range(n)}
     while batch.rows:
         for m in batch.step():
-            rows[m.key][0].append(m.id); rows[m.key][1].append(m)
+            words, text, made = rows[m.key]
+            made.append(m)
+            if m.id not in ends: text.append(words.add(m.id))
+            if words.found: batch.cancel(m.key)
     more = lambda made: dict(logprobs=[m.logprob for m in made]) if cfg.task == "return_output_log_probs" else {}
-    return [out(made, steps[-1].why, **more(steps)) for made, steps in rows.values()]
+    return [dict(text="".join(text) + words.end(), tokens=len(made), stopped_by="stop" if words.found else made[-1].why, **more(made)) for words, text, made in rows.values()]
 
 # %% ../nbs/50_generate.ipynb #63977e05
 def _read_prompt(cfg: GenerateConfig) -> str:
@@ -363,6 +363,10 @@ def run(
 ) -> dict: # text, tokens, tokens_per_s, stopped_by (eos, stop, length, context); with log-probabilities `logprobs`, with several texts `texts`
     "`ascend_nb generate`: the continuation on stdout as it is made, speed on stderr. Of many processes the first one prints and returns it."
     with crowd(): return _run(cfg, json)
+
+# %% ../nbs/50_generate.ipynb #9622983a
+messages(gen_probs=("log-probabilities: {each}; sum {sum:.4f}", "对数概率：{each}；合计 {sum:.4f}"))
+def _tell(probs): say(phrase("gen_probs", each=" ".join(f"{p:.4f}" for p in probs), sum=sum(probs)))
 
 def _ids(cfg, prompt, model, tokenizer): # (ids, config with the template's stop words, is it an answer?)
     if not (cfg.chat or cfg.prompt_type): return fit(prompt_ids(tokenizer, prompt), model, cfg), cfg, False
@@ -381,6 +385,7 @@ def _run(cfg, json):
         if not json: print(piece, end="", flush=True)
     if not json: print(flush=True)
     say(out)
+    if out.logprobs and not json: _tell(out.logprobs)
     more = {} if out.logprobs is None else dict(logprobs=out.logprobs)
     return dict(text=out.text, tokens=len(out.ids), tokens_per_s=round(out.tokens_per_s, 2), stopped_by=out.stopped_by, **more) if rank_info().is_main else {}
 
@@ -389,5 +394,7 @@ def _run_several(model, tokenizer, ids, cfg, fresh, json):
     texts = several(model, tokenizer, ids, cfg, fresh)
     speed = sum(t["tokens"] for t in texts) / (time.perf_counter() - began)
     if not json: print("\n---\n".join(t["text"] for t in texts), flush=True)
-    for i, t in enumerate(texts): say(f"text {i + 1}: {t['tokens']} tokens, ended by {t['stopped_by']}" + (f", score {t['score']:.4f}" if "score" in t else ""))
+    for i, t in enumerate(texts):
+        say(f"text {i + 1}: {t['tokens']} tokens, ended by {t['stopped_by']}" + (f", score {t['score']:.4f}" if "score" in t else ""))
+        if "logprobs" in t and not json: _tell(t["logprobs"])
     return dict(texts[0], tokens_per_s=round(speed, 2), texts=texts)

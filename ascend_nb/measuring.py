@@ -39,7 +39,7 @@ class EvalConfig(AdapterConfig):
         for k in ("model", "data_path", "task", "defects", "lora_load"):
             v = getattr(self, k)
             v = [v] if isinstance(v, (str, PurePath)) else v
-            setattr(self, k, [w for x in v for w in x.split(",") if w] if k in ("task", "defects") else [str(x) for x in v])
+            setattr(self, k, [w.strip() for x in v for w in x.split(",") if w.strip()] if k in ("task", "defects") else [str(x) for x in v])
 
 # %% ../nbs/02d_measuring.ipynb #9071d45c
 @dataclass
@@ -54,7 +54,7 @@ def evaluate_words(
     argv: list # behind `ascend_nb evaluate`
 ) -> list: # with one --model, and all models behind it
     "Models may be given one by one."
-    if sum(a.partition("=")[0] == "--model" for a in argv) < 2: return list(argv)
+    if "--model" not in argv or sum(a.partition("=")[0] == "--model" for a in argv) < 2: return [*argv]
     models, rest, mine = [], [], False
     for a in argv:
         flag, eq, value = a.partition("=")

@@ -94,7 +94,7 @@ static void strip(const float *w, const Matrix *m, long r, long n, const float *
 
 # %% ../nbs/49a_pages.ipynb #ebfda2c4
 _SCORES = r"""
-typedef struct { long S, B, at, room; float *x, *xn, *qkv, *att, *mid, *turns; float *q, *s, *kv, *tmp; } Page; /* blocks of (features, LANES); then of this thread */
+typedef struct { long S, B, at, room; float *x, *xn, *qkv, *att, *mid, *turns; const long *own; long shared; float *q, *s, *kv, *tmp; } Page; /* blocks of (features, LANES); own: see page; then of this thread */
 #define SPAN 256 /* keys at a time */
 static const float *fetch(const void *from, const float *scale, long at, long n, long D, float *room) { /* keys or values as floats */
     if (!scale) return (const float *)from + at * D;
@@ -107,17 +107,22 @@ static const float *fetch(const void *from, const float *scale, long at, long n,
 _REGARD = r"""
 static void regard(const Model *m, const Page *p, const Slot *c, long kv, long b, long window, float *y) { /* p->q (D, LANES) looks at keys; y (D, LANES) */
     const long D = m->D, first = p->at + b * LANES, left = p->S - b * LANES, end = first + (left < LANES ? left : LANES);
+    const long *own = p->own ? p->own + b * LANES : 0, shared = p->shared;
     f16 top[WIDE], sum[WIDE];
     ALL (int c = 0; c < WIDE; c++) { top[c] = (f16){0} - 1e30f; sum[c] = (f16){0}; }
     memset(y, 0, D * LANES * sizeof(float));
-    for (long a = window && first >= window ? first + 1 - window : 0; a < end; a += SPAN) {
-        const long n = end - a < SPAN ? end - a : SPAN;
+    for (long n, a = window && first >= window ? first + 1 - window : 0; a < end; a += n) {
+        if (own && a == shared) a = own[0]; /* the texts before this block's are nothing to it */
+        const long stop = own && a < shared ? shared : end;
+        n = stop - a < SPAN ? stop - a : SPAN;
         const float *k = fetch(c->k, c->ks, kv * p->room + a, n, D, p->kv), *v = fetch(c->v, c->vs, kv * p->room + a, n, D, p->kv + SPAN * D);
         f16 was[WIDE];
         flat(k, D, n, D, p->q, p->s);
         if (m->cap > 0) for (long j = 0; j < n * LANES; j++) p->s[j] = m->cap * tanhf(p->s[j] / m->cap);
         for (long j = 0; j < n; j++) if (a + j > first || (window && a + j <= first + LANES - 1 - window))
             for (long l = 0; l < LANES; l++) if (a + j > first + l || (window && a + j <= first + l - window)) p->s[j * LANES + l] = -INFINITY;
+        if (own && a >= shared) for (long j = 0; j < n && a + j < own[LANES - 1]; j++)
+            for (long l = 0; l < LANES; l++) if (a + j < own[l]) p->s[j * LANES + l] = -INFINITY;
         ALL (int c = 0; c < WIDE; c++) {
             was[c] = top[c];
             for (long j = 0; j < n; j++) top[c] = larger(top[c], AT(p->s + j * LANES + 16 * c));
@@ -264,11 +269,14 @@ long page_fits(void) {
     return 0;
 #endif
 }
-void page(const Model *m, const Row *t, long S, float *x, long last, float *work, long threads) { /* x (S, H): embeddings in, hidden states out; last: only the last one is wanted */
+/* x (S, H): embeddings in, hidden states out; last: only the last one is wanted. own: none, or where each token's own text begins in the cache,
+   for whole blocks; before `shared` the cache has what all these texts begin with */
+void page(const Model *m, const Row *t, const long *own, long shared, long S, float *x, long last, float *work, long threads) {
     const long B = (S + LANES - 1) / LANES, H = m->H, R = m->R, W = (m->N + 2 * m->K) * m->D;
     long *next = (long *)work;
     Page all = { S, B, t->pos, t->room, (float *)(next + STAGES * m->L) };
     all.xn = all.x + B * LANES * H; all.qkv = all.xn + B * LANES * H; all.att = all.qkv + B * LANES * large(W, H);
+    all.own = own; all.shared = shared;
     all.mid = all.att + B * LANES * large(m->N * m->D, H); all.turns = all.mid + B * LANES * m->I;
     float *each = all.turns + B * LANES * 2 * R;
     memset(next, 0, STAGES * m->L * sizeof(long));
@@ -309,11 +317,13 @@ def read_page(
     row, # native.Row: the cache, and where the first token stands in it
     x: Tensor, # (S, H) fp32 embeddings, contiguous; hidden states afterwards
     last: bool, # only the last row is made
-    work: Tensor # work space from the call before; may be too small
+    work: Tensor, # work space from the call before; may be too small
+    own: Tensor | None = None, # int64, for whole blocks of 32: where in the cache each token's own text begins; none: they are one text
+    shared: int = 0 # tokens in the cache that all these texts begin with
 ) -> Tensor: # work space for the next call
-    "Read S tokens behind those in the cache."
+    "Read S tokens behind those in the cache. With `own`, cos and sin of the row are those of the tokens' places in their texts."
     lib, S, n = library()[0], L(len(x)), L(torch.get_num_threads())
     need = lib.page_need(ctypes.byref(model), S, n)
     if work.numel() < need: work = torch.empty(need)
-    lib.page(ctypes.byref(model), ctypes.byref(row), S, P(x.data_ptr()), L(last), P(work.data_ptr()), n)
+    lib.page(ctypes.byref(model), ctypes.byref(row), P(None if own is None else own.data_ptr()), L(shared), S, P(x.data_ptr()), L(last), P(work.data_ptr()), n)
     return work

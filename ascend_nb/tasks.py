@@ -13,11 +13,12 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from importlib.resources import files as packaged
 from pathlib import Path
+from string import Formatter
 from fastcore.basics import patch
 from .core import UserError, did_you_mean, lang, messages, one_of, phrase
-from .marking import check_steps
+from .marking import COMPARE, check_steps
 from .schema import nearest
-from .task_rows import LETTERS, read_jsonl, read_rows
+from .task_rows import LETTERS, check_rows, read_jsonl, read_rows
 
 # %% ../nbs/52_tasks.ipynb #819e3229
 @dataclass(frozen=True, eq=False)
@@ -89,7 +90,14 @@ def read(self: Task,
 ) -> list[dict]: # the rows with `gold` and what is derived from them
     "The questions of a file. Raises UserError with the row's number for what is missing or out of place."
     docs = read_rows(path, self.rows)
-    return [{**d, **DERIVED[self.derive](d, subject)} for d in docs] if self.derive else docs
+    return [_derived(self, path, n, d, subject) for n, d in enumerate(docs, 1)] if self.derive else docs
+
+def _derived(task, path, n, doc, subject):
+    try: return {**doc, **DERIVED[task.derive](doc, subject)}
+    except (KeyError, IndexError, TypeError, AttributeError) as e: raise UserError("task_question", n=n, path=path, why=f"{type(e).__name__} {e}", name=task.name) from None
+
+messages(task_question=("Question {n} of {path} is not as {name} needs it ({why}); expected the benchmark's own columns, each with what it holds there. Mend the row.",
+                        "{path} 的第 {n} 题不符合 {name} 的要求（{why}）；应有该基准自己的列及相应内容。请修正该行。"))
 
 # %% ../nbs/52_tasks.ipynb #320ff65b
 @cache
@@ -111,12 +119,22 @@ def _make(name, raw, protocol, **more):
         if k not in known: raise UserError("unknown_key", key=k, where=name, known=", ".join(known), hint=nearest(k, known))
     for k in ("files", "rows", "text"):
         if k not in row: raise UserError("task_lacks", key=k, name=name)
+    row = _typed(name, row)
     for steps in [*row.get("marks", {}).values(), row.get("both", [])]: check_steps(steps)
-    return Task(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()})
+    for k, table in (("compare", (*COMPARE, "code")), ("derive", ("", *DERIVED))): one_of(k, row.get(k, table[0]), table)
+    return Task(**row)
+
+def _typed(name, row): # a word alone may stand for a list; else the kind of each value is that of its field
+    kinds, row = {f.name: f.type for f in fields(Task)}, {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
+    for k, v in row.items():
+        if kinds.get(k) is tuple and isinstance(v, str): row[k] = (v,)
+        elif not isinstance(v, kinds.get(k, object)) and not (kinds[k] is float and isinstance(v, int)): raise UserError("task_kind", name=name, key=k, got=v, kind=getattr(kinds[k], "__name__", str(kinds[k])).replace("tuple", "list"))
+    return row
 
 messages(
     task_lacks=("Found no {key} in the task {name}; expected files, rows and text. Add it to the task's file.", "任务 {name} 缺少 {key}；应有 files、rows 与 text。请在任务文件中补充。"),
     task_protocol=("{name} has the protocol {has} only: {got} is not used for it", "{name} 只有 {has} 协议：不使用 {got}"),
+    task_kind=("Found {key}={got!r} in the task {name}; expected {kind} there. Mend the task's file.", "任务 {name} 中 {key}={got!r}；应为 {kind}。请修正任务文件。"),
     task_defect=("Found the defect {got}, which {why}. Name one of these: {known}.", "缺陷 {got} 无法使用：{why}。可用的有：{known}。"),
     defect_no_change=("is listed and never repeated", "仅列出，不会复现"),
     defect_unknown=("is not known", "未知"),
@@ -241,28 +259,53 @@ messages(
 )
 
 # %% ../nbs/52_tasks.ipynb #802d8b74
+@cache
+def _plain(template):
+    "A name, or a place in a list: no attributes, widths or conversions, so that a stranger's task reaches nothing but its rows. Raises ValueError."
+    for _, name, form, turn in Formatter().parse(template):
+        if form or turn or name is not None and "." in name: raise ValueError(f"{{{name}{'!' + turn if turn else ''}{':' + form if form else ''}}}")
+    return template
+
 def _fill(task, template, doc, words):
     "A template with a row's values in it."
     known = {**words, **doc} # a row's own column of such a name counts
-    try: return template.format(**{str(k): v for k, v in known.items()})
+    try: return _plain(template).format(**{str(k): v for k, v in known.items()})
     except (KeyError, IndexError, ValueError, AttributeError) as e:
         raise UserError("task_template", key=str(e).strip("'"), template=template, name=task.name, known=", ".join(map(str, {**doc, **words}))) from None
 
 def _answers(task, doc, words): # what may be answered
-    if isinstance(task.choices, str): return tuple(map(str, doc.get(task.choices) or ()))
-    return tuple(_fill(task, c, doc, words) for c in task.choices)
+    if not isinstance(task.choices, str): return tuple(_fill(task, c, doc, words) for c in task.choices)
+    got = doc.get(task.choices)
+    if not isinstance(got, list) or not got: raise UserError("task_choices", name=task.name, column=task.choices, got=str(got)[:60], known=", ".join(map(str, doc)))
+    return tuple(map(str, got))
 
+def _right(task, doc, choices): # index or indices of what is right
+    gold = doc["gold"]
+    if any(not 0 <= g < len(choices) for g in (gold if isinstance(gold, list) else [gold])): raise UserError("task_gold", name=task.name, got=gold, n=len(choices), most=len(choices) - 1, ask=" ".join(str(next((doc[c] for c in ("question", "query") if c in doc), "")).split())[:60])
+    return tuple(gold) if isinstance(gold, list) else gold
+
+# %% ../nbs/52_tasks.ipynb #ca92e611
+messages(
+    task_choices=("Found {got} as the options of a question of {name}; expected a list in the column {column}. The row has: {known}. Mend the task's file or the questions.",
+                  "任务 {name} 的某题选项为 {got}；列 {column} 应为列表。该行的列：{known}。请修正任务文件或题目文件。"),
+    task_gold=("Found the answer {got} to a question of {name} with {n} options ({ask}); expected a number from 0 to {most}. Mend the row.",
+               "任务 {name} 中有 {n} 个选项的题目（{ask}）答案为 {got}；应为 0 到 {most}。请修正该行。"),
+)
+
+# %% ../nbs/52_tasks.ipynb #2fd5259e
 def _worked(task, doc, words): # a worked example: question, answer, and both as text
-    gold = doc["gold"][0] if isinstance(doc["gold"], list) else doc["gold"]
-    answer = _answers(task, doc, words)[gold] if task.choices else _fill(task, task.target, doc, words)
+    options = _answers(task, doc, words)
+    gold = _right(task, doc, options) if options else None
+    answer = options[gold[0] if isinstance(gold, tuple) else gold] if options else _fill(task, task.target, doc, words)
     ask = _fill(task, task.text, doc, words)
     return ask, answer, (_fill(task, task.shot, doc, words) if task.shot else ask + task.delimiter + answer) + "\n\n"
 
 def _item(task, subject, i, doc, words, shots):
-    gold = _fill(task, task.gold or task.target, doc, words) if not task.choices else tuple(doc["gold"]) if isinstance(doc["gold"], list) else doc["gold"]
+    options = _answers(task, doc, words)
+    gold = _right(task, doc, options) if task.choices else _fill(task, task.gold or task.target, doc, words)
     head, ask = _fill(task, task.description, {}, words), _fill(task, task.text, doc, words)
     said = [*(x for q, a, _ in shots for x in (q, a)), ask]
-    return Item(subject, i, doc, head + "".join(t for *_, t in shots) + ask, _answers(task, doc, words), gold, task.delimiter, task.alone, (head + said[0], *said[1:]))
+    return Item(subject, i, doc, head + "".join(t for *_, t in shots) + ask, options, gold, task.delimiter, task.alone, (head + said[0], *said[1:]))
 
 # %% ../nbs/52_tasks.ipynb #5b5d2efa
 def load_task(
@@ -299,7 +342,8 @@ def own_task(
     try: raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as e: raise UserError("bad_yaml", path=path, why=" ".join(str(e).split())) from None
     if not isinstance(raw, dict): raise UserError("task_lacks", key="files", name=path.name)
-    raw = {"rows": {}, **raw}
+    raw = _typed(path.name, {"rows": {}, **raw})
     if "answer" not in raw["rows"]: raw["rows"] = {**raw["rows"], "answer": {"index" if "choices" in raw else "text": ["gold", "label", "answer"] if "choices" in raw else "answer"}}
-    if "choices" not in raw: raw = {"target": f"{{{raw['rows']['answer'].get('text', 'answer')}}}", "marks": {"acc": ["strip"]}, **raw}
+    if "choices" not in raw: raw = {"target": f"{{{raw['rows']['answer'].get('text', 'answer') if isinstance(raw['rows']['answer'], dict) else ''}}}", "marks": {"acc": ["strip"]}, **raw}
+    check_rows(raw["rows"])
     return _make(raw.pop("name", path.stem), raw, "own", home=str(path.parent.absolute()))

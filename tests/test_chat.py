@@ -122,6 +122,14 @@ def test_commands(both, capsys):
     assert capsys.readouterr().out.splitlines() == [x for t in turns for x in t["answer"].splitlines()]
 
 
+def test_adapters_that_are_not_there_and_a_question_that_is_too_long(both, capsys):
+    lines = iter(["/adapter none", "/adapter poems", "late " * 4500, "Hello?"])
+    turns = converse(new(both, truncate=True), sys.stdout, lambda: next(lines, None))
+    err = capsys.readouterr().err
+    assert len(turns) == 2 and err.count("adapters: -; at work: none") == 2 and "tokens left out at the beginning of the prompt" in err
+    with pytest.raises(UserError, match="neither JSON nor the name of a file"): new(both, json_schema="none.json")
+
+
 # ---- as a process
 
 def start(folder, *args):

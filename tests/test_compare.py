@@ -126,7 +126,7 @@ def test_own_tasks(room, tmp_path):
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(dict(q=f"What is {i}?", options=["A", "B"], gold=i % 2, answer=str(i))) + "\n" for i in range(4)))
     (tmp_path / "choice.yaml").write_text("files: q.jsonl\ntext: 'Question: {q}\\nAnswer:'\nchoices: options\nshots: own\nnum_fewshot: 1\nmetrics: [acc, acc_norm]\n")
     (tmp_path / "write.yaml").write_text("name: numbers\nfiles: q.jsonl\nrows: {columns: [q], answer: {text: answer}}\ntext: '{q}'\nmax_new_tokens: 3\nmarks: {acc: [{regex: '([0-9]+)'}]}\n")
-    out = run(EvalConfig(str(room / "base"), "anywhere", f"{tmp_path}/choice.yaml,{tmp_path}/write.yaml", device="cpu", output=str(tmp_path / "r.json")), json=True)
+    out = run(EvalConfig(str(room / "base"), "anywhere", f"{tmp_path}/choice.yaml, {tmp_path}/write.yaml", device="cpu", output=str(tmp_path / "r.json")), json=True)
     assert out["protocol"] == {"choice": "own", "numbers": "own"} and out["results"]["choice"]["sample_len"] == 3 and out["results"]["numbers"]["sample_len"] == 4
     line = json.loads((tmp_path / "samples_numbers.jsonl").read_text().splitlines()[1])
     assert {"prompt", "output", "extracted", "gold", "correct"} <= set(line) and line["gold"] == "1"
@@ -174,14 +174,47 @@ def test_every_task_by_every_protocol_from_the_files_to_the_log(room, every, tmp
         assert row[first if "," in first else first + ",none"] == pytest.approx(sum(s[first] for s in lines) / len(lines)) and row["sample_len"] == len(lines), n
 
 
-BAD = {("--task", "mmlo"): "Did you mean mmlu?", ("--tasks", "mmlu,ceval"): "for the task ceval", ("--task", "mmlu", "--defects", "x", "--protocol", "modellink"): "which is not known",
+ROWS_OF = {"none": '{"question": "q", "options": ["1", "2"], "answer": 1}', "far": '{"question": "q", "options": ["1", "2"], "answer": 5}', "plain": '{"question": "q", "options": "12", "answer": 1}'}
+ODD_TASKS = {("files: 5\ntext: q", "none"): "Found files=5", ("files: q.jsonl\ntext: q\nchoices: options\nmetrics: accc", "none"): "Did you mean acc?", ("files: q.jsonl\ntext: q\nstop: 3", "none"): "Found stop=3",
+             ("files: q.jsonl\ntext: q\nrows: {answer: answer}", "none"): "does not say where", ("files: q.jsonl\ntext: q\nrows: {answer: {txt: a}}", "none"): "Did you mean text?",
+             ("files: q.jsonl\ntext: q\nchoices: options\nrows: {format: xlsx}", "none"): "expected one of jsonl, csv", ("files: q.jsonl\ntext: q\nrows: 3", "none"): "Found rows=3",
+             ("files: q.jsonl\ntext: q\nrows: {column: [a]}\nchoices: options", "none"): "Did you mean columns?", ("files: q.jsonl\ntext: q\nrows: {answer: {text: question}}\ncompare: fuzzy", "none"): "expected one of equal, needle, code",
+             ("files: q.jsonl\ntext: '{question:99999999999}'\nchoices: options", "none"): "{question:99999999999}", ("files: q.jsonl\ntext: '{question.__class__}'\nchoices: options", "none"): "{question.__class__}",
+             ("files: q.jsonl\ntext: q\nchoices: option", "none"): "expected a list in the column option", ("files: q.jsonl\ntext: q\nchoices: options", "plain"): "Found 12 as the options",
+             ("files: q.jsonl\ntext: q\nchoices: options", "far"): "Found the answer 5 to a question of own with 2 options (q)", ("files: q.jsonl\ntext: q\nchoices: options\nshots: q.jsonl\nnum_fewshot: 1", "far"): "Found the answer 5"}
+
+
+@pytest.mark.parametrize("yaml, rows", ODD_TASKS)
+def test_an_own_task_that_is_none_says_why(tmp_path, yaml, rows):
+    from ascend_nb.core import UserError
+    from ascend_nb.evaluator import _places
+
+    (tmp_path / "own.yaml").write_text(yaml)
+    (tmp_path / "q.jsonl").write_text(ROWS_OF[rows])
+    with pytest.raises(UserError) as e: _places(EvalConfig("m", str(tmp_path), str(tmp_path / "own.yaml")))
+    assert ODD_TASKS[yaml, rows] in str(e.value)
+
+
+def test_hellaswag_without_its_columns_is_named(tmp_path):
+    from ascend_nb.core import UserError
+    from ascend_nb.tasks import load_task
+
+    for row, words in ((dict(ctx_a="a", ctx_b="b", endings=["x"], label=0), "KeyError 'activity_label'"), (dict(query="a", choices=["x", "y"], gold=2), "expected a number from 0 to 1"), (dict(query="a", choices=[], gold=0), "expected a list in the column endings")):
+        (tmp_path / "hellaswag_val.jsonl").write_text(json.dumps(row))
+        with pytest.raises(UserError) as e: load_task("hellaswag", tmp_path)
+        assert words in str(e.value)
+
+
+BAD = {("--task", ","): "Found no task", ("--task", "boolq", "--output", "own.txt/r.json"): "Cannot write own.txt/r.json", ("--task", "mmlo"): "Did you mean mmlu?", ("--tasks", "mmlu,ceval"): "for the task ceval", ("--task", "mmlu", "--defects", "x", "--protocol", "modellink"): "which is not known",
        ("--task", "mmlu", "--num-fewshot", "9"): "Found 6 worked examples", ("--protocol", "lmeval"): "Did you mean lm-eval?", ("--task", "bbh"): "expected *.json for the task bbh"}
 
 
 @pytest.mark.parametrize("args", BAD, ids=" ".join)
-def test_a_mistake_is_one_sentence_and_exit_code_2(room, args, capsys):
+def test_a_mistake_is_one_sentence_and_exit_code_2(room, args, capsys, monkeypatch):
     from ascend_nb.cli import main
 
+    (room / "own.txt").write_text("not a folder")
+    monkeypatch.chdir(room)
     code = main(["evaluate", "--model", str(room / "base"), "--data-path", str(room / "eval"), "--device", "cpu", *args])
     err = capsys.readouterr().err.strip()
     assert code == 2 and BAD[args] in err and err.count("ascend_nb: ") == 1

@@ -71,6 +71,24 @@ def test_a_page_says_what_the_model_says(shape):
 
 
 @pytest.mark.skipif(not pages.library()[0], reason="no AVX-512, or no C compiler")
+@pytest.mark.parametrize("shape", [s for s in SHAPES if s != "dynamic"])
+@torch.inference_mode()
+def test_texts_beside_each_other_say_what_each_says_alone(shape):
+    "Behind nothing, behind what they share, and over the end of a page."
+    model, r = new(shape), random.Random(3)
+    twin = Fast(model)
+    assert twin.besides != any(l.self_attn.window for l in model.model.layers.values())
+    for shared, sizes in ((0, (40, 1, 33)), (37, (5, 64, 2, 31, 90)), (70, (300, 7, 260, 1))) if twin.besides else ():
+        begin, texts = r.choices(range(128), k=shared), [r.choices(range(128), k=n) for n in sizes]
+        cache = twin.new_cache(1, shared + sum(sizes))
+        if shared: twin.hidden(torch.tensor([begin]), cache=cache)
+        got = twin.beside(texts, cache)
+        want = torch.cat([model.hidden(torch.tensor([begin + t]))[0, shared:] for t in texts])
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+        assert cache.length == shared and want.std() > .05
+
+
+@pytest.mark.skipif(not pages.library()[0], reason="no AVX-512, or no C compiler")
 @torch.inference_mode()
 def test_a_page_is_the_same_on_any_number_of_threads(monkeypatch):
     twin, ids = Fast(new("llama")), torch.randint(0, 128, (1, 200), generator=torch.Generator().manual_seed(4))

@@ -12,12 +12,13 @@ import pytest
 import torch
 from test_tasks import AWKWARD, write_mmlu
 
-from ascend_nb.config import EvalConfig
+from ascend_nb.config import EvalConfig, ModelConfig
 from ascend_nb.core import UserError
 from ascend_nb.chances import mean_stderr, pooled_stderr
 from ascend_nb.evaluator import evaluate, run, table
-from ascend_nb.likelihood import loglikelihoods
+from ascend_nb.likelihood import Past, loglikelihoods
 from ascend_nb.hf_format import load_model
+from ascend_nb.model import Decoder
 from ascend_nb.tasks import get_task, load_task, task_files
 from ascend_nb.tokenizers import load_tokenizer
 
@@ -188,10 +189,28 @@ def test_the_cost_of_an_accelerators_pass_changes_the_plan_only(tiny, files, mon
     pairs = [p for i in load_task("mmlu_continuation", files["mmlu"], 3) for p in i.pairs()]
     shared, calls = loglikelihoods(model, tok, pairs), []
     monkeypatch.setattr("ascend_nb.likelihood.WORTH", {})
+    monkeypatch.setattr("ascend_nb.likelihood.start_of", lambda model, longest, worth: Past(model, (), worth)) # no pages there
     hidden = model.hidden
     monkeypatch.setattr(model, "hidden", lambda ids, cache=None: calls.append(ids.shape) or hidden(ids, cache=cache))
     assert agree(shared, loglikelihoods(model, tok, pairs))
-    assert sum(b == 1 for b, _ in calls) <= 2, "questions were read one by one"
+    assert calls and sum(b == 1 for b, _ in calls) <= 2, "questions were read one by one"
+
+
+@pytest.mark.parametrize("pages", [True, False])
+def test_texts_beyond_the_trained_length_share_no_beginning(tmp_path, monkeypatch, pages):
+    "longrope: the same first tokens are turned otherwise in a longer text. Each score is that of the text read alone."
+    save_bpe(tmp_path, bos=True)
+    tok = load_tokenizer(tmp_path)
+    rope = dict(rope_type="longrope", short_factor=[1.] * 8, long_factor=[3.] * 8, original_max_position_embeddings=100)
+    model = Decoder(ModelConfig(vocab_size=420, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=400, rope_scaling=rope, initializer_range=.2)).init_weights(3).eval()
+    if not pages: monkeypatch.setattr("ascend_nb.likelihood.start_of", lambda model, longest, worth: Past(model, (), worth))
+    begin = list(range(5, 75))
+    pairs = [(begin + [80 + i] * n, [9 + i, 7]) for i, n in enumerate((3, 8, 60, 130, 131, 4, 25))]
+    alone = []
+    for c, k in pairs:
+        with torch.no_grad(): logp = model(torch.tensor([c + k]))[0].log_softmax(-1)
+        alone.append(sum(float(logp[len(c) + j - 1, t]) for j, t in enumerate(k)))
+    assert [lp for lp, _ in loglikelihoods(model, tok, pairs)] == pytest.approx(alone, abs=1e-4)
 
 
 @pytest.mark.parametrize("slots", [1, 3, 8])

@@ -179,6 +179,28 @@ def test_the_five_tasks(folder):  # noqa: F811
         assert json.loads(command("--model", folder, "--prompt", "The ferry", "--max-new-tokens", 12, "--draft", draft, "--json").stdout)["text"] == texts["greedy"]["text"]
 
 
+def test_a_stop_word_ends_each_of_several_texts(folder):  # noqa: F811
+    model, tok = load_model(folder), load_tokenizer(folder)
+    ids, ask = tok.encode("The ferry"), dict(max_new_tokens=30, num_return_sequences=3, temperature=1., num_beams=3)
+    for task in ("do_sample", "beam_search"):
+        free = several(Fast(model), tok, ids, SampleConfig(task=task, **ask))
+        word = free[0]["text"][8:10]
+        for one, cut in zip(free, several(Fast(model), tok, ids, SampleConfig(task=task, stop=["", word], **ask)), strict=True):
+            assert cut["text"] == one["text"].split(word)[0] and (cut["stopped_by"] == "stop") == (word in one["text"]) and (cut["tokens"] < one["tokens"]) >= (word in one["text"])
+
+
+def test_numbers_at_the_edge(folder):  # noqa: F811
+    ask = ("--model", folder, "--prompt", "The ferry", "--max-new-tokens", 5)
+    greedy = command(*ask).stdout
+    for knobs in (("--temperature", "1e-45"), ("--temperature", 0), ("--top-k", 1), ("--top-p", 0.), ("--min-p", 1)): assert command(*ask, "--task", "do_sample", *knobs).stdout == greedy, knobs
+    assert command(*ask, "--task", "do_sample", "--top-k", 10**9, "--top-p", 1., "--seed", -10**30).returncode == 0
+    for flag, got in (("--temperature", "nan"), ("--top-p", "nan"), ("--top-p", 1.5), ("--max-new-tokens", 0)):
+        out = command(*ask, "--task", "do_sample", flag, got)
+        assert out.returncode == 2 and f"={got}; expected a value from" in out.stderr
+    out = command(*ask, "--task", "return_output_log_probs")
+    assert out.stdout == command(*ask, "--task", "do_sample").stdout and "log-probabilities: -" in out.stderr
+
+
 def test_a_prompt_that_is_too_long(folder):  # noqa: F811
     long = "The ferry was late. " * 20
     out = command("--model", folder, "--prompt", long)
