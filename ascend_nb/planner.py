@@ -37,6 +37,13 @@ def _missing(d): # sizes that a config.json does not give
         if names & set(fam.defaults) and not any(d.get(k) is not None for k in names): out.append(min(names & set(fam.defaults)))
     return out
 
+MOST = dict(num_hidden_layers=10_000) # of a size; of the others 10 million: products of larger ones would not fit in whole numbers of 64 bits
+
+def _possible(c, source): # c; UserError for sizes that no model has
+    for k in SIZES:
+        if getattr(c, k) > MOST.get(k, 10**7): raise UserError("plan_too_large", path=source, size=k, got=getattr(c, k), most=MOST.get(k, 10**7))
+    return c
+
 # %% ../nbs/56_planner.ipynb #9fae27ea
 @cache
 def named_shapes() -> dict: # name -> what its config.json says
@@ -45,13 +52,6 @@ def named_shapes() -> dict: # name -> what its config.json says
     return yaml.safe_load((files("ascend_nb")/"named_shapes.yaml").read_text(encoding="utf-8"))
 
 # %% ../nbs/56_planner.ipynb #3dafe478
-MOST = dict(num_hidden_layers=10_000) # of a size; of the others 10 million: products of larger ones would not fit in whole numbers of 64 bits
-
-def _possible(c, source): # c; UserError for sizes that no model has
-    for k in SIZES:
-        if getattr(c, k) > MOST.get(k, 10**7): raise UserError("plan_too_large", path=source, size=k, got=getattr(c, k), most=MOST.get(k, 10**7))
-    return c
-
 def shape_of_plan(
     source # a Hugging Face folder, a config.json, a YAML file of `train`, or a key of `named_shapes`; what lies on the disk goes before a name
 ) -> ModelConfig:
@@ -67,6 +67,7 @@ def shape_of_plan(
     if missing := _missing(d): raise UserError("plan_sizes", path=source, missing=", ".join(missing))
     return _possible(config_from_hf(d), source)
 
+# %% ../nbs/56_planner.ipynb #298049e0
 messages(
     plan_no_model=("Found no model; expected a Hugging Face folder, a config.json, a YAML file of `train`, or a name as qwen2-7b. Pass --model.", "没有指定模型；应为 Hugging Face 目录、config.json、`train` 的 YAML 文件，或 qwen2-7b 之类的名称。请传入 --model。"),
     plan_no_name=("Found {got!r}, which is neither a path nor a name that the package knows.{hint}", "{got!r} 既不是路径，也不是内置的形状名称。{hint}"),
@@ -190,6 +191,7 @@ def _no_grid(cfg, c, d): # raise UserError
     near = " ".join([*[phrase("plan_near", numbers=", ".join(map(str, good)))] * bool(good), *[phrase("plan_near_batches", devices=cfg.devices, numbers=", ".join(map(str, batches)))] * bool(batches)]) or phrase("plan_change")
     raise UserError("plan_no_grid", devices=cfg.devices, batch=cfg.global_batch, why="; ".join(why) or "-", near=near)
 
+# %% ../nbs/56_planner.ipynb #c32c1b31
 def _ways_out(cfg, c, d, room): # sentences
     said = []
     if not cfg.optimizer_offload:
