@@ -35,7 +35,7 @@ def words(fig):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fig.canvas.draw()
-    return [t.get_text() for t in fig.findobj(Text) if re.search(r"[^\W\d]", t.get_text().replace("mathdefault", ""))] # a power of ten is no word
+    return [t.get_text() for t in fig.findobj(Text) if re.search(r"[^\W\d]", re.sub(r"\\(mathdefault|times)", "", t.get_text()))] # a power of ten is no word
 
 
 def figures(p):
