@@ -289,7 +289,7 @@ def test_a_damaged_folder_closes_no_page_and_a_page_that_fails_says_why(here, mo
         (here / name).write_text("{half")
     desk = studio()
     for key in ("panel_data", "panel_train", "panel_evaluate", "panel_convert"): assert desk.page(key), as_text(desk)
-    assert "died" in as_text(desk.panels["panel_train"])
+    assert "torn: no step yet" in as_text(desk.panels["panel_train"])
     monkeypatch.setattr("ascend_nb.ui.plan_panel.PlanPanel.__init__", lambda self: open("nowhere/at/all"))
     assert desk.page("panel_plan") is None
     desk.page("panel_doctor")
