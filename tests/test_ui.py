@@ -171,6 +171,16 @@ def test_a_plot_in_chinese_has_no_boxes(monkeypatch, recwarn):
     assert not [w for w in recwarn if "missing from" in str(w.message)], "a glyph has no font"
 
 
+def test_without_a_chinese_font_there_are_no_boxes_either(monkeypatch, recwarn):
+    "A label falls back to English; a run that has a Chinese name is told by the numbers of its letters."
+    from matplotlib import font_manager
+    monkeypatch.setenv("ASCEND_NB_LANG", "zh")
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", [f for f in font_manager.fontManager.ttflist if f.name == "DejaVu Sans"])
+    rows = [dict(step=i, loss=1. / i, tokens_per_s=1.) for i in range(1, 4)]
+    assert draw({"第一次": rows, "b": rows})[:4] == b"\x89PNG"
+    assert not [w for w in recwarn if "Glyph" in str(w.message)]
+
+
 def test_in_a_real_kernel():
     "The form's widget view and its text both reach the notebook."
     from nbclient import NotebookClient
