@@ -8,6 +8,7 @@ __all__ = ['PIECE', 'common', 'era', 'Memory', 'whole', 'pieces', 'last_hidden',
 # %% ../nbs/49d_reading.ipynb #1e8b830d
 from collections.abc import Iterator
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 from .config import SampleConfig
 from .core import UserError, messages
@@ -35,6 +36,7 @@ def era(
     far = n > {"longrope": r.get("original_max_position_embeddings"), "dynamic": model.cfg.max_position_embeddings}.get(r.get("rope_type"), n)
     return far and (1 if r["rope_type"] == "longrope" else n)
 
+# %% ../nbs/49d_reading.ipynb #f1ca9930
 class Memory:
     "Keys and values of the tokens that a model has read, kept from one prompt to the next: an unchanged beginning is not computed again."
     def __init__(self,
@@ -51,11 +53,6 @@ class Memory:
         "How much of its beginning is there, turned as in this text."
         now = era(self.model, len(ids))
         return common(self.known, ids) if now <= 1 and now == max(self.era, era(self.model, len(self.known))) else 0
-
-    def outgrown(self) -> bool: # is it? All of the text is to be read anew then
-        "The first token beyond the trained length turns all those before it anew (longrope), as in transformers."
-        if not self.era and era(self.model, len(self.ids)) == 1: self.era, self.kv.length = 1, 0; return True
-        return False
 
     def take(self,
         ids: list, # a whole prompt
@@ -78,6 +75,16 @@ class Memory:
         for new, was in pairs:
             for a, b in zip(new, was): a[:, :, :n] = b[:, :, :n]
         self.kv.length = n
+
+# %% ../nbs/49d_reading.ipynb #fd327926
+@patch
+def outgrown(self: Memory) -> bool: # is it? All of the text is to be read anew then
+    "The first token beyond the trained length turns all those before it anew (longrope), as in transformers."
+    if self.era or era(self.model, len(self.ids)) != 1: return False
+    self.era, self.kv.length = 1, 0
+    return True
+
+
 
 # %% ../nbs/49d_reading.ipynb #00fad23b
 PIECE = 512 # tokens read at a time
