@@ -47,7 +47,7 @@ test-slow: dev  ## everything, the slow cells and tests too
 	$(BIN)/python -m pytest -m "slow or not slow"
 
 test-ui: dev  ## the studio in a real browser: JupyterLab, voila; needs a Chromium. ASCEND_NB_SHOTS=docs/images keeps the pictures
-	$(BIN)/python -m pytest -m "slow or not slow" -rs tests/test_browser.py
+	$(BIN)/python -m pytest -m "slow or not slow" -rs tests/test_browser.py tests/test_browser_hosts.py
 
 test-npu-schema:  ## our NPU calls against torch_npu's own schemas, in an environment of its own
 	bash .ci/npu_schema.sh

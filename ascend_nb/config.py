@@ -224,7 +224,7 @@ class LaunchConfig(RunConfig):
     nnodes: int = knob(1, low=1, advanced=True) # hosts; what the others are to start is printed
     node_rank: int = knob(0, low=0, advanced=True) # number of this host
     master: str = knob("", advanced=True) # HOST:PORT of the first host
-    cards: list[str] = knob([], advanced=True) # numbers of the NPUs; empty: the first nproc
+    cards: list[int] = knob([], advanced=True) # numbers of the NPUs; empty: the first nproc
     max_restarts: int = knob(0, low=0, advanced=True) # times that all processes start again after one has failed, each from the newest whole step
 
 @dataclass

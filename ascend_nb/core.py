@@ -9,7 +9,7 @@ __all__ = ['MESSAGES', 'DTYPES', 'WATCH', 'HEAR', 'DETERMINISTIC', 'lang', 'mess
            'human_time', 'Progress', 'say', 'seed_all', 'make_deterministic']
 
 # %% ../nbs/00_core.ipynb #6389dd96
-import os, re, shutil, sys, tempfile, time
+import errno, os, re, shutil, sys, tempfile, time
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -182,7 +182,9 @@ def rank_info() -> Rank: # one process when torchrun's variables are not set
     return Rank(*(int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))), "torchrun")
 
 # %% ../nbs/00_core.ipynb #33d02c27
-def _tmp_beside(path: Path) -> Path: return path.with_name(f".{path.name}.tmp-{os.getpid()}-{time.monotonic_ns() % 10**9}")
+def _tmp_beside(path: Path) -> Path:
+    if not path.name or "\0" in str(path): raise OSError(errno.EINVAL, "no file can have this name", str(path))
+    return path.with_name(f".{path.name}.tmp-{os.getpid()}-{time.monotonic_ns() % 10**9}")
 
 @contextmanager
 def atomic_file(
@@ -190,8 +192,8 @@ def atomic_file(
     mode: str = "w", # "w" (UTF-8 text) or "wb"
 ):
     "A file object; the final name appears only when the block ends without an exception."
-    path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = _tmp_beside(path)
+    path = Path(path); tmp = _tmp_beside(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(tmp, mode, **({} if "b" in mode else {"encoding": "utf-8"})) as f:
             yield f

@@ -48,7 +48,7 @@ def run_launch(
 ) -> dict: # see `facts`, and commands: what the other hosts are to start
     "Start a job. Raises UserError where a run folder, a port or a card is in use."
     job = launch(RunConfig(**{f.name: getattr(cfg, f.name) for f in fields(RunConfig)}), cfg.nproc, cfg.nnodes, cfg.node_rank, cfg.master,
-                 [int(c) for c in cfg.cards], cfg.max_restarts)
+                 cfg.cards, cfg.max_restarts)
     other = job.commands()
     said = [x for rank, text in other.items() for x in (phrase("jobs_host", rank=rank), text)]
     return {**_tell(job, json, *said, phrase("jobs_next", run=job.run.path)), **({"commands": other} if other else {})}

@@ -54,7 +54,7 @@ def evaluate_words(
     argv: list # behind `ascend_nb evaluate`
 ) -> list: # with one --model, and all models behind it
     "Models may be given one by one."
-    if sum(a.partition("=")[0] == "--model" for a in argv) < 2: return list(argv)
+    if "--model" not in argv or sum(a.partition("=")[0] == "--model" for a in argv) < 2: return [*argv]
     models, rest, mine = [], [], False
     for a in argv:
         flag, eq, value = a.partition("=")

@@ -18,7 +18,7 @@ from .profile_views import PARTS, bubble, by_group, compare_profiles, memory_cur
 
 # %% ../nbs/57c_profile_plots.ipynb #1fac82ab
 messages(
-    plot_part_computing=("computing", "计算"), plot_part_exposed=("exposed", "未掩盖的通信"), plot_part_overlapped=("overlapped", "被掩盖的通信"), plot_part_free=("free", "空闲"),
+    plot_part_computing=("computing", "计算"), plot_part_exposed=("exposed", "未掩盖通信"), plot_part_overlapped=("overlapped", "掩盖通信"), plot_part_free=("free", "空闲"),
     plot_part_cube=("cube", "矩阵单元"), plot_part_vector=("vector", "向量单元"), plot_part_host_core=("host core", "AI CPU 核"), plot_part_communication=("communication", "通信"), plot_part_device=("device", "设备"), plot_part_cpu=("cpu", "CPU 主机"), plot_part_other=("other", "其他"),
     plot_rank=("rank", "rank 编号"), plot_of_rank=("rank {rank}", "第 {rank} 号 rank"), plot_for_rank=("for rank", "在等的 rank"), plot_rank_waits=("rank waits", "等待的 rank"),
     plot_step_ms=("ms of a step", "每步耗时（ms）"), plot_rank_ms=("ms of the recording, an average rank", "整个采集的耗时（ms，各 rank 平均）"), plot_rank_calls=("calls, an average rank", "调用次数（各 rank 平均）"), plot_bar_calls=(" {share:.1%}, {n:.0f} calls", " {share:.1%}，{n:.0f} 次"),
@@ -179,7 +179,7 @@ def plot_comparison(
     c = compare_profiles(a, b)
     fig, (left, right) = _axes(10, 3.8, 2, width_ratios=[2, 3])
     s, x = c["steps"].drop("stage", errors="ignore"), np.arange(len(c["steps"].drop("stage", errors="ignore")))
-    left.bar(x - .2, s.before, .4, label=plot_words("plot_before"), color="grey"); left.bar(x + .2, s.after, .4, label=plot_words("plot_after"), color="tab:blue"); left.set(xticks=x, xticklabels=map(_part, s.index), ylabel=plot_words("plot_step_ms")); left.legend(fontsize=8)
+    left.bar(x - .2, s.before, .4, label=plot_words("plot_before"), color="grey"); left.bar(x + .2, s.after, .4, label=plot_words("plot_after"), color="tab:blue"); left.set(xticks=x, xticklabels=map(_part, s.index), ylabel=plot_words("plot_step_ms")); left.tick_params(axis="x", labelsize=8); left.legend(fontsize=8)
     o = c["operators"].head(n)
     right.barh(o.index, o.change_ms, color=np.where(o.change_ms > 0, "tab:red", "tab:green")); right.axvline(0, color="k", lw=.8); right.invert_yaxis(); right.set(xlabel=plot_words("plot_change_ms")); right.tick_params(labelsize=8)
     return with_fonts(fig)

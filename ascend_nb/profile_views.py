@@ -75,7 +75,8 @@ def memory_curve(
     "torch_npu's allocator over time."
     t = p.ranks[rank].table("memory")
     if t is None or not len(t): return pd.DataFrame(columns=["ms", "time_ns", "allocated", "reserved"])
-    t = t[t.allocated.notna()]
+    t = t[t.allocated.notna() & t.time_ns.notna()]
+    if t.empty: return t.assign(ms=0.)[["ms", "time_ns", "allocated", "reserved"]]
     t = t[t.component == ("PTA" if (t.component == "PTA").any() else t.component.iloc[0])].sort_values("time_ns", kind="stable")
     return t.assign(ms=(t.time_ns - t.time_ns.iloc[0]).astype(float) / 1e6)[["ms", "time_ns", "allocated", "reserved"]].reset_index(drop=True)
 

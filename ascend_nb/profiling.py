@@ -7,7 +7,7 @@ __all__ = ['USED', 'ProfilingConfig', 'used_text', 'ProfileConfig', 'PlotLogConf
 
 # %% ../nbs/02f_profiling.ipynb #f1be1233
 from dataclasses import dataclass
-from .core import UserError, messages
+from .core import UserError, messages, phrase
 from .schema import knob
 
 # %% ../nbs/02f_profiling.ipynb #0a662a24
@@ -35,13 +35,15 @@ messages(profile_no_steps=("Found profile_step_start={start} and profile_step_en
                            "profile_step_start={start}、profile_step_end={end}；结束步应大于起始步（结束步本身不采集）。若只采集一步，请设 profile_step_end={least}。"))
 
 # %% ../nbs/02f_profiling.ipynb #20c5302d
-USED = {"tflops": "{:.3g} TFLOP/s a device", "mfu": "MFU {:.1%}", "data_wait": "data wait {:.1%}", "memory_mb": "{:,.0f} MB"} # key of a row of metrics -> its words
+USED = ("tokens_per_s_device", "tflops", "mfu", "data_wait", "memory_mb") # keys of a row of metrics that have words
+messages(used_tokens_per_s_device=("{n:,.0f} a device", "每设备 {n:,.0f}"), used_tflops=("{n:.3g} TFLOP/s a device", "每设备 {n:.3g} TFLOP/s"), used_mfu=("MFU {n:.1%}", "算力利用率 MFU {n:.1%}"),
+         used_data_wait=("data wait {n:.1%}", "等待数据 {n:.1%}"), used_memory_mb=("{n:,.0f} MB", "内存 {n:,.0f} MB"))
 
 def used_text(
     row: dict # of metrics.jsonl
-) -> str: # ", 120 TFLOP/s a device, MFU 34.0%…"; empty where the row does not say
-    "What a row says of the device."
-    return "".join(f", {text.format(row[k])}" for k, text in USED.items() if row.get(k) is not None)
+) -> str: # ", 6,000 a device, 120 TFLOP/s a device, MFU 34.0%…"; empty where the row does not say
+    "What a row says of the device, behind its tokens/s; with one device those are its own."
+    return "".join(f", {phrase(f'used_{k}', n=row[k])}" for k in USED if row.get(k) is not None and (k != "tokens_per_s_device" or round(row[k]) != round(row.get("tokens_per_s", 0))))
 
 # %% ../nbs/02f_profiling.ipynb #c36a9f98
 @dataclass

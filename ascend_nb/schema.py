@@ -12,6 +12,7 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from functools import cache
 from importlib.resources import files
 from io import StringIO
+from math import isfinite
 from pathlib import Path
 from .core import UserError, atomic_file, did_you_mean, lang, messages, phrase, writing
 
@@ -125,17 +126,22 @@ def _to_int(v):
     if isinstance(v, bool) or (isinstance(v, float) and v != int(v)): raise ValueError
     return int(v)
 
+def _to_float(v):
+    v = float("x" if isinstance(v, bool) else v)
+    if not isfinite(v): raise ValueError # nothing here means anything at infinity, and `nan` is below no bound
+    return v
+
 def _to_str(v):
     if isinstance(v, (dict, list)): raise ValueError
     return str(v)
 
 def _to_dict(v):
     import json
-    d = json.loads(v) if isinstance(v, str) else v
+    d = json.loads(v, parse_constant=_to_float) if isinstance(v, str) else v
     if not isinstance(d, dict): raise ValueError
     return d
 
-_READ = {bool: _to_bool, int: _to_int, str: _to_str, dict: _to_dict, float: lambda v: float("x" if isinstance(v, bool) else v)}
+_READ = {bool: _to_bool, int: _to_int, str: _to_str, dict: _to_dict, float: _to_float}
 
 # %% ../nbs/02_schema.ipynb #8144cf56
 def coerce(
@@ -301,6 +307,17 @@ def _switches(argv: list, names: set) -> list:
         out.append(word); word = after
     return out
 
+def _one_by_one(argv: list, names: set) -> list:
+    "`--flag=-a --flag=b` -> `--flag -a b`, with marks that keep argparse from taking a word for a flag: lists whose words begin with a dash."
+    out, last = [], ""
+    for word in argv:
+        name, eq, value = word.partition("=")
+        eq = bool(eq) and name in names
+        out += [*([name] if name != last else []), "\0" + value] if eq else [word]
+        last = name if eq else ""
+    return out
+
+# %% ../nbs/02_schema.ipynb #dca86713
 def parse_args(
     cls: type, # a dataclass
     argv: list, # arguments after the command's name
@@ -308,8 +325,8 @@ def parse_args(
 ): # an instance
     "A command line to a config. Raises UserError for an unknown flag (with the nearest one), a bad value, a missing knob."
     p = parser(cls, prog)
-    switches = {k.flag for k in knobs(cls) if plain_type(k.type) is bool}
-    ns, rest = p.parse_known_args(_switches([_dashes(a) for a in argv], switches))
+    switches, lists = {k.flag for k in knobs(cls) if plain_type(k.type) is bool}, {f for k in knobs(cls) if k.is_list for f in (k.flag, *k.flags)}
+    ns, rest = p.parse_known_args(_one_by_one(_switches([_dashes(a) for a in argv], switches), lists))
     if rest:
         known = [s for a in p._actions for s in a.option_strings]
         raise UserError("unknown_flag", key=rest[0], where=prog, hint=nearest(rest[0], known))
@@ -320,7 +337,7 @@ def parse_args(
         if k.name not in got: continue
         d = tree
         for part in k.path: d = d.setdefault(part, {})
-        d[k.name] = got[k.name]
+        d[k.name] = [w.removeprefix("\0") for w in got[k.name]] if k.is_list else got[k.name]
     return from_dict(cls, tree, "the command line", base)
 
 # %% ../nbs/02_schema.ipynb #1b67d9b2
@@ -338,10 +355,13 @@ def to_args(
         if (*k.path, k.name) not in values: continue
         v = values[(*k.path, k.name)]
         if isinstance(v, bool): out.append(k.flag if v else "--no-" + k.flag[2:])
-        elif isinstance(v, list): out += [k.flag, *map(str, v)]
-        elif isinstance(v, dict): import json; out += [k.flag, json.dumps(v)]
-        elif v is not None: out += [k.flag, str(v)]
+        elif v is not None: out += _words(k.flag, v)
     return out
+
+def _words(flag, v): # a word that begins with a dash is told from a flag by its "="
+    import json
+    words = [*map(str, v)] if isinstance(v, list) else [json.dumps(v) if isinstance(v, dict) else str(v)]
+    return [f"{flag}={w}" for w in words] if any(w.startswith("-") for w in words) else [flag, *words]
 
 def _at(cfg, path):
     for p in path: cfg = getattr(cfg, p)

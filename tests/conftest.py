@@ -61,3 +61,18 @@ def chinese():
     switch("zh")
     yield
     switch("en")
+
+
+@pytest.fixture
+def desk(tmp_path):
+    "A folder to work in a browser: data, a tokenizer, a quiz, a recording, the studio's notebook."
+    import shutil
+
+    from ascend_nb.ui.app import write_notebook
+    from browsing import chromium
+    chromium()
+    samples = ROOT / "data_samples"
+    shutil.copy(samples / "instruct.json", tmp_path / "instruct.json")
+    for folder in ("tokenizer", "town_quiz", "npu_profile"): shutil.copytree(samples / folder, tmp_path / folder)
+    write_notebook(tmp_path)
+    return tmp_path

@@ -1,26 +1,11 @@
 """The studio in a real browser: JupyterLab 4 and voila, driven by what is written on the page. `make test-ui` runs all of it."""
 import os
-import shutil
 import time
 
 import pytest
-from browsing import browser, chromium, field, fill, lab, open_lab, press, run_all, says, sessions, shot, tab, voila
-from conftest import ROOT
+from browsing import browser, field, fill, lab, open_lab, press, run_all, says, sessions, shot, tab, theme, unfold, voila
 
-from ascend_nb.ui.app import write_notebook
-
-SAMPLES = ROOT / "data_samples"
 browsing = pytest.mark.slow  # by `make test-ui`
-
-
-@pytest.fixture
-def desk(tmp_path):
-    "A folder to work in, with a data file of its own and the studio's notebook."
-    chromium()
-    shutil.copy(SAMPLES / "instruct.json", tmp_path / "instruct.json")
-    for folder in ("tokenizer", "town_quiz", "npu_profile"): shutil.copytree(SAMPLES / folder, tmp_path / folder)
-    write_notebook(tmp_path)
-    return tmp_path
 
 
 @browsing
@@ -36,7 +21,7 @@ def test_first_run_by_clicking(desk):
         _chat(page)
         _evaluate(page)
         _profile(page)
-        assert not afar
+        assert not afar and not page.complaints
 
 
 def test_voila_shows_the_studio_and_changes_its_language(desk):
@@ -51,7 +36,7 @@ def test_voila_shows_the_studio_and_changes_its_language(desk):
         says(page, "开始训练")
         assert page.locator(".lm-TabBar-tab:visible", has_text="Train").count() == 0
         shot(page, "studio_voila_zh")
-        assert not afar
+        assert not afar and not page.complaints
 
 
 def _data(page):
@@ -62,7 +47,7 @@ def _data(page):
     says(page, "AlpacaStyleInstructionHandler")
     says(page, "read, not learned")
     shot(page, "studio_data")
-    page.locator("button:visible, .jupyter-widget-Collapse-header:visible", has_text="Make tokens").first.click()
+    unfold(page, "Make tokens")
     fill(page, "output_prefix", "notes")
     press(page, "Start preprocessing")
     says(page, "preprocess: finished", 120)
@@ -70,7 +55,6 @@ def _data(page):
 
 
 def _train(page, desk):
-    tab(page, "Train")
     says(page, "data_path")
     assert field(page, "data_path").input_value().endswith("notes")
     press(page, "New model")
@@ -125,11 +109,9 @@ def _profile(page):
     tab(page, "Profile")
     fill(page, "recording", "npu_profile")
     press(page, "Read the recording")
-    page.locator("button:visible, .jupyter-widget-Collapse-header:visible", has_text="Plots").first.click()
     page.locator("img:visible").first.wait_for()
     shot(page, "studio_profile")
-    page.evaluate("async () => { await window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'}) }")
-    page.wait_for_selector("body[data-jp-theme-light=false]", state="attached")
+    theme(page, dark=True)
     tab(page, "Train")
     says(page, "Basics")
     shot(page, "studio_dark")

@@ -115,7 +115,23 @@ def test_the_code_of_a_training_tells_its_processes(here):
     page.pages.chosen.value = "tr_spread"
     page.pages.form.code.button.click()
     said = as_text(page.pages.form.code)
-    assert "torchrun --nproc-per-node 2" in said and "-m ascend_nb.cli train --hidden-size 32" in said and "ascend_nb train --hidden-size 32" in said
+    assert "torchrun --nproc-per-node 2" in said and "-m ascend_nb.cli train --hidden-size 32" in said and "launch(cfg, nproc=2)" in said
+    assert "ascend_nb train --hidden-size 32" not in said, "one process is another run"
+    page.cards.value = "4, 5"
+    said = as_text(page.pages.form.code)
+    assert "launch(cfg, nproc=2, cards=[4, 5])" in said and "env ASCEND_RT_VISIBLE_DEVICES=4,5 torchrun" in said
+    page.cards.value = "four"
+    assert page.go.disabled and "Found cards=['four']" in as_text(page.need)
+    page.cards.value, page.nproc.value = "", 1
+    said = as_text(page.pages.form.code)
+    assert "ascend_nb train --hidden-size 32" in said and "from ascend_nb.training import run" in said and said.count("run(cfg)") == 1 and not page.go.disabled
+    shut(page)
+
+
+def test_a_page_without_a_run_cannot_go_on(here):
+    page = TrainPanel(small())
+    page.again.click()
+    assert "Found no run to go on with" in as_text(page.trouble) and not page.again.disabled
     shut(page)
 
 
@@ -176,8 +192,11 @@ def _words(w, seen):
         text = getattr(w, attr, None)
         if isinstance(text, str) and text.strip(): seen.append((type(w).__name__, attr, text))
     for i, child in enumerate(getattr(w, "children", ())):
-        if hasattr(w, "get_title") and w.get_title(i): seen.append((type(w).__name__, "title", w.get_title(i)))
+        if hasattr(w, "get_title") and not hasattr(w, "boxes") and w.get_title(i): seen.append((type(w).__name__, "title", w.get_title(i)))
         _words(child, seen)
+    for i, box in enumerate(getattr(w, "boxes", ())):  # sections, also those that nobody opened
+        seen.append((type(w).__name__, "title", w.get_title(i)))
+        if box not in w.children: _words(box, seen)
     return seen
 
 
@@ -240,11 +259,15 @@ def test_a_preset_fills_the_form_and_tells_its_price(here):
 def test_what_cannot_be_written_is_told(here):
     page = TrainPanel()
     page.presets.selected_index = 0
-    bar = page.bar_of_presets
+    bar = page.presets.bar
     (here / "a_file").write_text("")
     bar.path.value = "a_file/run.yaml"
     bar.save.click()
     assert "Cannot write a_file/run.yaml" in as_text(bar.trouble)
+    for nowhere in ("", "\0"):
+        bar.path.value = nowhere
+        bar.save.click()
+        assert "no file can have this name" in as_text(bar.trouble) and "Traceback" not in as_text(bar.trouble)
     bar.path.value = "new/run.yaml"
     bar.save.click()
     assert not bar.trouble.error and load_yaml(RunConfig, here / "new/run.yaml") == page.pages.value

@@ -97,3 +97,16 @@ def test_nothing_in_common_is_a_mistake(tmp_path):
     for name, first in (("a", 1), ("b", 9)):
         (tmp_path / f"{name}.log").write_text("".join(f"iteration {i}/ 20 | lm loss: 1.0E+00 |\n" for i in range(first, first + 4)))
     with pytest.raises(UserError, match="1-4 in the log and 9-12"): run(PlotLogConfig(files=[str(tmp_path / "a.log")], baseline=str(tmp_path / "b.log"), out=""))
+
+
+def test_what_is_no_number_is_left_out_and_json_stays_json(tmp_path):
+    "Torn lines, nulls, words and NaN in every kind of log: the rest is read, and --json prints what any reader of JSON takes."
+    line = lambda i, **k: f"iteration {i}/ 9 | elapsed time per iteration (ms): {k.get('ms', 10)} | lm loss: {k.get('loss', 2.)} |"
+    (tmp_path / "a.log").write_text("\n".join([line(1), line(2, loss="nan"), line(3, ms=0), "iteration 4/ 9 | lm lo", "validation loss at iteration 4 | lm loss value: ... |", line(5, loss="inf")]))
+    (tmp_path / "m.jsonl").write_text('{"step": 1, "loss": 3.0, "tokens_per_s": "fast"}\n{"step": "x", "loss": 1}\n{"step": 1e999, "loss": 1}\n{"step": 2, "loss": NaN}\n{"step": 3, "loss": 1.5, "grad_norm": [1]}\n{"st')
+    (tmp_path / "b.json").write_text('{"lm loss": [2.0, "a", null], "throughput": [0, 0, 0], "memo info": [{"max allocated memory": "x"}, {"max allocated memory": 0}]}')
+    for name, steps, ends, without in (("a.log", 5, (2., 2.), 3), ("m.jsonl", 3, (3., 1.5), 1), ("b.json", 3, (2., 2.), 2)):
+        out = shell("plot-log", tmp_path / name, "--baseline", tmp_path / "b.json", "--out", tmp_path / "x.png", "--json")
+        told = json.loads(out.stdout, parse_constant=pytest.fail)["logs"][str(tmp_path / name)]
+        assert (told["steps"], (told["first_loss"], told["last_loss"]), told["without_loss"]) == (steps, ends, without), told
+        assert out.returncode == 1, "a loss that is missing in one of both is no agreement"

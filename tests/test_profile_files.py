@@ -1,5 +1,6 @@
 """Profiles as torch_npu and torch write them: real recordings where they lie, the sample everywhere; forms, levels and ranks against each other."""
 import gzip
+import re
 import shutil
 import sqlite3
 
@@ -8,6 +9,7 @@ import pandas as pd
 import pytest
 from ascend_nb.core import UserError
 from ascend_nb.profile_files import TABLES, open_profile
+from ascend_nb.profile_views import memory_curve, operators, peak_owners
 from ascend_nb.trace_files import covered, trace_tables
 
 OUT = "ASCEND_PROFILER_OUTPUT"
@@ -106,7 +108,33 @@ def test_level_0_has_times_and_no_more(samples, tmp_path):
     k[["Device_id", "Name", "Type", "Accelerator Core", "Start Time(us)", "Duration(us)"]].to_csv(out / "kernel_details.csv", index=False)
     p = open_profile(tmp_path)
     assert len(p.table("kernels")) == len(k) and "shapes" not in p.table("kernels")
-    assert len(p.missing) == 8
+    assert len(p.missing) == 11 and all(any(f in m for m in p.missing) for f in ("trace_view.json", "profiler_info*.json", "profiler_metadata.json", "operator_details.csv")), p.missing
+    k[["Name", "Start Time(us)", "Duration(us)"]].to_csv(out / "kernel_details.csv", index=False)
+    assert operators(open_profile(tmp_path)).type.isin(k.Name).all(), "without a type a kernel has its name"
+
+
+def test_a_column_without_which_rows_say_nothing_is_named(samples, tmp_path):
+    out = shutil.copytree(samples / "npu_profile/rank0_ascend_pt", tmp_path / "x_ascend_pt") / OUT
+    n = 0
+    for name, t in TABLES.items():
+        if not (out / t.file).is_file() or not t.columns: continue
+        whole = (out / t.file).read_text()
+        for head in (h for h, c in t.columns.items() if c in t.needs.split()):
+            pd.read_csv(out / t.file, dtype=str).drop(columns=head).to_csv(out / t.file, index=False)
+            with pytest.raises(UserError, match=re.escape(head)): open_profile(tmp_path).table(name)
+            (out / t.file).write_text(whole); n += 1
+    assert n == 21, "each of them"
+    (out / "memory_record.csv").write_text("Component,Timestamp(us),Total Allocated(MB),Total Reserved(MB)\nPTA,,,\n")
+    p = open_profile(tmp_path)
+    assert memory_curve(p, 0).empty and peak_owners(p, 0).empty
+    for name in ("profiler_info_0.json", "profiler_metadata.json"):
+        kept = (out.parent / name).read_text()
+        for text in ("[]", "null", "{"):
+            (out.parent / name).write_text(text)
+            with pytest.raises(UserError, match=name): open_profile(tmp_path)
+        (out.parent / name).write_text('{"config": [], "parallel_group_info": {"a": {"global_ranks": null}}, "distributed_args": null}')
+        assert open_profile(tmp_path).ranks[0].level in ("", "Level1") and open_profile(tmp_path).ranks[0].groups is not None
+        (out.parent / name).write_text(kept)
 
 
 @pytest.mark.parametrize("name, table", [("kernel_details.csv", "kernels"), ("memory_record.csv", "memory"), ("communication.json", "talks"), ("communication_matrix.json", "links"), ("step_trace_time.csv", "steps"), ("trace_view.json", None)])

@@ -2,7 +2,7 @@
 from dataclasses import MISSING
 
 import pytest
-from ascend_nb.config import EvalConfig, FetchConfig, GenerateConfig, ModelConfig, PreprocessConfig, RunConfig, TrainConfig
+from ascend_nb.config import DataConfig, EvalConfig, FetchConfig, GenerateConfig, ModelConfig, PreprocessConfig, RunConfig, TrainConfig
 from ascend_nb.core import UserError
 from ascend_nb.schema import from_dict, knobs, load_yaml, parse_args, plain_type, save_yaml, to_args, to_dict
 
@@ -43,6 +43,16 @@ def test_round_trips(tmp_path):
     assert parse_args(RunConfig, ["--config", str(tmp_path / "c.yaml"), "--lr", "1"]).train.lr == 1.0
 
 
+@pytest.mark.parametrize("cfg", [GenerateConfig(model="-m", prompt="--help", stop=["---", "-x y", "a", ""]), EvalConfig(model=["-a", "b"], data_path=["--lr"]), GenerateConfig(model="m", logit_bias={"5": -1}),
+                                 RunConfig(data=DataConfig(data_path=["a", "-1", "--packing"]))], ids=["words", "positions", "mapping", "section"])
+def test_a_word_may_begin_with_a_dash(cfg):
+    assert parse_args(type(cfg), to_args(cfg)) == cfg
+
+
+def test_the_last_of_two_lists_counts():
+    assert parse_args(RunConfig, ["--data-path", "a", "b", "--lr", "1", "--data-path", "c"]).data.data_path == ["c"]
+
+
 @pytest.mark.parametrize("words,value", [(["--append-eod"], True), (["--append_eod", "false"], False), (["--append-eod", "--workers", "2"], True),
                                          (["--no-append-eod"], False), (["--append-eod=no"], False)])
 def test_switches(words, value):
@@ -55,7 +65,7 @@ def test_a_switch_does_not_eat_the_next_word():
 
 
 @pytest.mark.parametrize("d,words", [
-    ({"trian": {}}, "Did you mean train"), ({"train": {"lrr": 1}}, "section train"), ({"train": {"lr": "x"}}, "expected a float"),
+    ({"trian": {}}, "Did you mean train"), ({"train": {"lrr": 1}}, "section train"), ({"train": {"lr": "x"}}, "expected a float"), ({"train": {"lr": "nan"}}, "expected a float"), ({"train": {"clip_grad": float("inf")}}, "expected a float"), ({"model": {"rope_scaling": '{"factor": NaN}'}}, "expected a dict"),
     ({"train": {"micro_batch_size": 2.5}}, "expected a int"), ({"train": {"stage": "sfd"}}, "Did you mean sft"), ({"train": 3}, "mapping"),
     ({"train": {"clip_grad": -1}}, "from 0"), ({"data": {"seq_length": None}}, "expected a int"), ([1], "mapping"),
 ])

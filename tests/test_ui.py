@@ -12,6 +12,7 @@ from ascend_nb.config import (
     EvalConfig,
     FetchConfig,
     GenerateConfig,
+    ModelLinkConvertConfig,
     PlanConfig,
     PreprocessConfig,
     QuickstartConfig,
@@ -20,18 +21,20 @@ from ascend_nb.config import (
     TrainConfig,
 )
 from ascend_nb.core import MESSAGES, UserError
+from ascend_nb.families import config_from_hf
 from ascend_nb.planner import plan, shape_of_plan
 from ascend_nb.schema import from_dict, knobs, load_yaml, parse_args, save_yaml
 from ascend_nb.ui.bilingual import switch
 from ascend_nb.ui.forms import CodeView, command_line, form, python_cell
+from ascend_nb.prices import price, run_price, speaking_bytes
 from ascend_nb.ui.looks import Folds
-from ascend_nb.ui.presets import differences, preset, presets, price, with_presets
+from ascend_nb.ui.presets import differences, preset, presets, with_presets
 from ascend_nb.ui.run_view import Tail, draw, show_run, summary
 from conftest import ROOT
 from pointing import shut
 
 WHOLE = [RunConfig(), TrainConfig(), QuickstartConfig(), SampleConfig(), PreprocessConfig(input="a", output_prefix="b", tokenizer_name_or_path="c"), EvalConfig("m", "d"), FetchConfig("hf:a/b", "x"),
-         GenerateConfig(model="m", stop=["a b", "c"]), ChatConfig(model="m"), RunConfig(train=TrainConfig(lr=1e-3, dtype="bf16"))]
+         GenerateConfig(model="m", stop=["a b", "c"]), GenerateConfig(model="it's", stop=["'", '"', "\\", "", "-", "a\nb", "中文"], logit_bias={"5": -1.5}), ChatConfig(model="m"), RunConfig(train=TrainConfig(lr=1e-3, dtype="bf16"))]
 
 
 @pytest.mark.parametrize("cfg", WHOLE, ids=lambda c: type(c).__name__)
@@ -44,9 +47,9 @@ def test_a_form_gives_back_what_it_was_given(cfg):
 
 @pytest.mark.parametrize("cfg", WHOLE, ids=lambda c: type(c).__name__)
 def test_shown_code_makes_the_same_config(cfg):
-    "Pasted: the Python cell runs, the YAML reads, the command parses."
+    "Pasted: the Python cell's config, the YAML and the command line are the same config."
     names = {}
-    exec(python_cell(cfg), names)
+    exec("\n".join(x for x in python_cell(cfg).split("\n") if not x.endswith("(cfg)")), names)
     assert names["cfg"] == cfg
     from ascend_nb.schema import dump_yaml
     assert from_dict(type(cfg), yaml.safe_load(dump_yaml(cfg, changed=True)) or {}) == cfg
@@ -197,7 +200,7 @@ def test_an_open_form_follows_the_language(monkeypatch):
 @pytest.mark.parametrize("name", presets())
 def test_a_preset_is_a_run_that_fits(name):
     row, cfg = presets()[name], preset(name)
-    p = price(cfg, shape_of_plan(row["shape"]), row["devices"], row["device"])
+    p = run_price(cfg, shape_of_plan(row["shape"]), row["devices"], row["device"])
     assert 0 < p["memory"] < p["room"] and p["minutes"] > 0
     assert re.search(r"[\u4e00-\u9fff]", row["title"][1] + row["about"][1]) and row["title"][0] and row["about"][0]
 
@@ -206,12 +209,50 @@ def test_a_price_is_the_planners():
     cfg = preset("full-eight-cards")
     c = shape_of_plan("qwen2-7b")
     want = plan(PlanConfig(model="qwen2-7b", devices=8, seq=4096, global_batch=64, tp=1, pp=1, cp=1, micro=1, zero=3, recompute="none")).best[0]
-    got = price(cfg, c, 8)
+    got = run_price(cfg, c, 8)
     assert abs(got["memory"] * 2**30 - want["memory"]) < 1 and abs(got["minutes"] * 60 / cfg.train.train_iters - want["seconds"]) < 1e-6
     lora, whole = preset("lora-one-card"), preset("lora-one-card")
     whole.tune.lora_target_modules = []
-    a, b = price(lora, c), price(whole, c)
+    a, b = run_price(lora, c), run_price(whole, c)
     assert a["memory"] < b["memory"] - 10 * c.num_params() / 2**30 # neither moments, nor fp32 copies, nor gradients of what does not learn
+
+
+COMMANDS_WITH_PRESETS = [PreprocessConfig(input=str(ROOT / "data_samples/tales.jsonl"), output_prefix="out/x", tokenizer_name_or_path=str(ROOT / "data_samples/tokenizer")), ChatConfig(model=""),
+                         EvalConfig(model=[], data_path=["d"]), PlanConfig(model="qwen2-7b"), ModelLinkConvertConfig(load_dir="nowhere", save_dir="x")]
+
+
+@pytest.mark.parametrize("now", COMMANDS_WITH_PRESETS, ids=lambda c: type(c).__name__)
+def test_every_command_begins_somewhere(now, monkeypatch):
+    "Its presets are configs of it, keep its folders, and have a price in both languages, or the reason why there is none."
+    for name, row in presets(type(now)).items():
+        cfg = preset(name, now)
+        assert not {"input", "output_prefix", "load_dir", "save_dir", "model", "data_path"} & {d["knob"] for d in differences(now, cfg)} and row["title"][0] and re.search(r"[\u4e00-\u9fff]", row["title"][1] + row["about"][1])
+        said = []
+        for language in ("en", "zh"):
+            monkeypatch.setenv("ASCEND_NB_LANG", language)
+            try: said.append(price(cfg, row)[0])
+            except UserError as e: said.append(e.text())
+        assert (said == ["", ""]) if isinstance(now, PlanConfig) else re.search(r"\d|^Found ", said[0]) and re.search(r"[\u4e00-\u9fff]", said[1]) and "predicted" not in said[1], said
+
+
+def test_what_a_talk_holds_is_what_transformers_holds():
+    "Weights and the cache of a whole context, against a model and a cache that transformers has made."
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+    hf = LlamaConfig(vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32, tie_word_embeddings=False)
+    model = LlamaForCausalLM(hf)
+    past = model(torch.zeros(3, 32, dtype=torch.long), use_cache=True).past_key_values
+    told = speaking_bytes(config_from_hf(hf.to_dict()), "fp32", texts=3)
+    assert told["weights"] == sum(p.numel() * 4 for p in model.parameters())
+    assert told["contexts"] == sum(t.numel() * 4 for layer in past.layers for t in (layer.keys, layer.values))
+
+
+def test_a_wrong_value_does_not_lose_the_folders(begun):
+    bar, f = begun.bar, begun.children[1]
+    f.fields["train", "lr"].control.value = "fast"
+    assert text_of(begun).count("GiB") == 0, "a price of what stood there before"
+    bar.pick.value = "lora-one-card"
+    assert f.value.train.load == "models/mine" and f.value.train.save == "runs/mine" and "GiB" in text_of(begun)
 
 
 @pytest.fixture

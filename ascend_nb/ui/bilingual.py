@@ -53,7 +53,7 @@ def put_away(
     w # a widget that nobody will see again
 ) -> None:
     "Close it and all that lies in it."
-    for child in getattr(w, "children", ()): put_away(child)
+    for child in [*getattr(w, "children", ()), *getattr(w, "boxes", ())]: put_away(child) # boxes: sections, also those that were never opened
     w.close()
 
 # %% ../../nbs/60_bilingual.ipynb #d0fadb1e

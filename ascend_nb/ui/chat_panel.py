@@ -22,6 +22,7 @@ from .looks import Folds
 from .forms import Form
 from .panels import Panel
 from .paths import PathBox
+from .presets import PresetFold
 
 # %% ../../nbs/65_chat_panel.ipynb #8dbbb84f
 messages(
@@ -147,14 +148,22 @@ def _rename(self: ChatPanel) -> None:
         self._form._changed()
 
 def _knobs_form(self: ChatPanel): # of the knobs; it is built when it is first looked at
-    if self._form is None: self._form = Form(self.config(), SHOWN); self.knobs.pages[0].children = [self._form]
+    if self._form is None:
+        self._form, self.presets = Form(self.config(), SHOWN), PresetFold(ChatConfig, self.config, self._take)
+        self._form.on_change(lambda _: self.presets.look())
+        self.knobs.pages[0].children = [self.presets, self._form]
     return self._form
+
+def _take(self: ChatPanel, cfg):
+    "Another config, from a preset or a file."
+    self.model.value, self.more.value = cfg.model, shlex.join(cfg.lora_load)
+    self.form.fill(cfg)
 
 def _config(self: ChatPanel) -> ChatConfig:
     "What the page asks for. Raises UserError for a value that is refused."
     return replace(self._form.value if self._form else self.cfg, model=self.model.value, lora_load=words_of(self.more.value))
 
-ChatPanel.on_new_model, ChatPanel.rename, ChatPanel.config, ChatPanel.form = _new_model, _rename, _config, property(_knobs_form)
+ChatPanel.on_new_model, ChatPanel.rename, ChatPanel._take, ChatPanel.config, ChatPanel.form = _new_model, _rename, _take, _config, property(_knobs_form)
 
 # %% ../../nbs/65_chat_panel.ipynb #ea2df836
 def words_of(

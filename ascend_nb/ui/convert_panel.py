@@ -23,6 +23,7 @@ from .forms import Form
 from .panels import ErrandView, Panel, table
 from .paths import PathBox
 from .pieces import Told
+from .presets import PresetFold
 
 # %% ../../nbs/63a_convert_panel.ipynb #f2926408
 messages(
@@ -131,8 +132,9 @@ def _build(self: ConvertPanel):
     self.start = label(W.Button(button_style="primary", icon="play", layout=W.Layout(width="auto")), description="convert_start")
     self.dry.on_click(lambda b: self.rehearse())
     self.start.on_click(lambda b: self.later(lambda: self.job.start(self.form.value), button=b))
-    self.form.on_change(lambda f: [setattr(b, "disabled", bool(f.errors)) for b in (self.dry, self.start)])
-    self.steps.pages[1].children = [self.form, W.HBox([self.dry, self.start]), self.journey]
+    self.presets = PresetFold(ModelLinkConvertConfig, lambda: self.form.value, self.form.fill)
+    self.form.on_change(lambda f: [self.presets.look(), *(setattr(b, "disabled", bool(f.errors)) for b in (self.dry, self.start))])
+    self.steps.pages[1].children = [self.presets, self.form, W.HBox([self.dry, self.start]), self.journey]
 
 def _rehearse(self: ConvertPanel): # the thread
     "Where each tensor would go."

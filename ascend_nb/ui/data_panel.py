@@ -26,6 +26,7 @@ from .looks import Folds
 from .forms import CodeView, Form
 from .panels import ErrandView, Panel
 from .paths import PathBox, found_at
+from .presets import PresetFold
 from .pieces import Pager, Told, figure_html
 from ..views import CUT, LEARNED, READ, _CSS, _item, find_pairs, is_raw, open_pairs, show_item, show_sample
 
@@ -191,8 +192,9 @@ def _build(self: DataPanel):
     self.form = Form(replace(cfg, tokenizer_name_or_path=self.tokenizer.value or cfg.tokenizer_name_or_path))
     self.start = label(W.Button(button_style="primary", icon="play", layout=W.Layout(width="auto")), description="data_start")
     self.start.on_click(lambda b: self.later(lambda: self.job.start(self.form.value), button=b))
-    self.form.on_change(lambda f: setattr(self.start, "disabled", bool(f.errors)))
-    self.more.pages[2].children = [self.form, self.start]
+    self.presets = PresetFold(PreprocessConfig, lambda: self.form.value, self.form.fill)
+    self.form.on_change(lambda f: [setattr(self.start, "disabled", bool(f.errors)), self.presets.look()])
+    self.more.pages[2].children = [self.presets, self.form, self.start]
 
 def _made(self: DataPanel, e):
     "An errand has finished: now, or before this page was opened."

@@ -9,8 +9,10 @@ __all__ = ['DoctorPanel']
 import ipywidgets as W
 from html import escape
 from .. import doctor
+from ..config import DoctorConfig
 from ..core import messages, phrase
 from .bilingual import label, tell
+from .forms import CodeView
 from .panels import RED, Panel
 
 # %% ../../nbs/66a_doctor_panel.ipynb #41fdf342
@@ -28,7 +30,9 @@ class DoctorPanel(Panel):
         self.facts, self.out, self.text = None, W.HTML(), W.Textarea(style=dict(description_width="auto"), layout=W.Layout(width="95%", height="14em", display="none"))
         self.go = label(W.Button(icon="stethoscope", button_style="primary", layout=W.Layout(width="220px")), description="dr_go")
         self.go.on_click(lambda b: self.check())
-        super().__init__([self.go, self.out, label(self.text, description="dr_copy")])
+        self.code = CodeView()
+        super().__init__([self.go, self.out, label(self.text, description="dr_copy"), self.code])
+        self.code.show(DoctorConfig())
         tell(self.out, lambda w: self.show())
 
     def check(self): # the thread

@@ -25,6 +25,7 @@ from .looks import Folds
 from .forms import CodeView, Form
 from .panels import ErrandView, Panel, table
 from .paths import PathBox
+from .presets import PresetFold
 from .pieces import Pager, Told, figure_html
 from .run_view import Tail
 
@@ -139,16 +140,17 @@ class EvaluatePanel(Panel):
         self.model, self.add = PathBox("", "eval_model_path", "folder"), label(W.Button(icon="plus", layout=W.Layout(width="auto")), description="eval_add")
         self.model.children[0].children += (self.add,)
         self.models = label(W.Textarea("\n".join(start.model), rows=2, style=wide, layout=W.Layout(width="auto", max_width="820px")), description="eval_models_box", placeholder="eval_models_hint")
-        self.data = PathBox(" ".join(start.data_path), "eval_data_path")
+        self.data = PathBox(",".join(start.data_path), "eval_data_path")
         self.tasks = {t: W.Checkbox(t in start.task, description=t, indent=False, layout=W.Layout(width="170px")) for t in TASKS}
-        self.own = label(W.Text(" ".join(t for t in start.task if t not in TASKS), style=wide, layout=W.Layout(width="auto", max_width="820px")), description="eval_own")
+        self.own = label(W.Text(",".join(t for t in start.task if t not in TASKS), style=wide, layout=W.Layout(width="auto", max_width="820px")), description="eval_own")
         self.every, self.start = label(W.ToggleButton(layout=W.Layout(width="auto")), description="eval_every"), label(W.Button(button_style="primary", icon="play", layout=W.Layout(width="auto")), description="eval_start")
         self.form = Form(start, SHORT)
+        self.presets = PresetFold(EvalConfig, lambda: self.form.value, self._take)
         self.table = Told(self._table)
         self.more = titles(Folds([W.VBox(), W.VBox()]), "eval_compare", "eval_browse")
         self.job = LiveErrand(self, under)
         super().__init__([self.model, self.models, self.data, W.HBox([label(W.Label(layout=W.Layout(width="128px", justify_content="flex-end", margin="2px 4px 2px -132px")), value="eval_tasks"), *self.tasks.values()], layout=W.Layout(flex_flow="row wrap", padding="0 0 0 134px")),
-                          self.own, self.form, W.HBox([self.every, self.start]), self.job, self.table, self.more])
+                          self.own, self.presets, self.form, W.HBox([self.every, self.start]), self.job, self.table, self.more])
         self._wire()
         self._form(SHORT)
 
@@ -196,7 +198,7 @@ def _open(self: EvaluatePanel, at):
 def _form(self: EvaluatePanel, names):
     "The form with these knobs; what was filled in stays."
     old, self.form = self.form, Form(self.form.value if not self.form.errors else self.form.start, names)
-    self.form.on_change(lambda f: setattr(self.start, "disabled", bool(f.errors)))
+    self.form.on_change(lambda f: [setattr(self.start, "disabled", bool(f.errors)), self.presets.look()])
     self.children = [self.form if w is old else w for w in self.children]
     put_away(old)
     self._again()
@@ -206,6 +208,16 @@ def _again(self: EvaluatePanel):
     self.form.start = EvalConfig(**{**to_dict(self.form.start), **self.chosen()})
     self.form._changed()
 
+EvaluatePanel._wire, EvaluatePanel._open, EvaluatePanel._form, EvaluatePanel._again = _wire, _open, _form, _again
+
+# %% ../../nbs/65a_evaluate_panel.ipynb #9b04c70f
+def _take(self: EvaluatePanel, cfg):
+    "Another config, from a preset or a file."
+    self.form.start = cfg
+    self.models.value, self.data.value, self.own.value = "\n".join(cfg.model), ",".join(cfg.data_path), ",".join(t for t in cfg.task if t not in TASKS)
+    for t, b in self.tasks.items(): b.value = t in cfg.task
+    self.form.fill(cfg)
+
 def _evaluate(self: EvaluatePanel): # the thread
     "Start the errand."
     def begin():
@@ -214,7 +226,7 @@ def _evaluate(self: EvaluatePanel): # the thread
         self.job.start(self.form.value)
     return self.later(begin, button=self.start)
 
-EvaluatePanel._wire, EvaluatePanel._open, EvaluatePanel._form, EvaluatePanel._again, EvaluatePanel.evaluate = _wire, _open, _form, _again, _evaluate
+EvaluatePanel._take, EvaluatePanel.evaluate = _take, _evaluate
 
 # %% ../../nbs/65a_evaluate_panel.ipynb #f0108000
 def _scores(self: EvaluatePanel, e: Kept):

@@ -22,7 +22,8 @@ class Folds(W.VBox):
         self.heads = [W.ToggleButton(icon="caret-right", layout=W.Layout(width="auto", margin="2px")) for _ in self.pages]
         self.boxes = [p if isinstance(p, W.Box) else W.VBox([p]) for p in self.pages]
         for b in self.boxes: b.layout.display, b.layout.padding, b.layout.border = "none", "8px 12px", "1px solid var(--jp-border-color1,#bdbdbd)"
-        super().__init__([w for pair in zip(self.heads, self.boxes, strict=True) for w in pair], **kw)
+        self.seen = set() # numbers of sections that were opened: the others are not drawn yet
+        super().__init__(self.heads, **kw)
         for i, h in enumerate(self.heads):
             h.add_class("ascend-nb-fold")
             h.observe(lambda change, i=i: self._press(i, change.new), "value")
@@ -42,13 +43,19 @@ class Folds(W.VBox):
         "A section's name."
         return self.heads[i].description if i < len(self.heads) else ""
 
-    def _press(self, i, down):
-        if down or self.selected_index == i: self.selected_index = i if down else None
+# %% ../../nbs/60_looks.ipynb #ee1f3575
+def _press(self: Folds, i, down):
+    if down or self.selected_index == i: self.selected_index = i if down else None
 
-    def _show(self):
-        for i, (head, box) in enumerate(zip(self.heads, self.boxes, strict=True)):
-            here = i == self.selected_index
-            head.value, head.icon, box.layout.display = here, f"caret-{'down' if here else 'right'}", "flex" if here else "none"
+def _show(self: Folds):
+    if self.selected_index not in self.seen | {None}:
+        self.seen.add(self.selected_index)
+        self.children = [w for i, pair in enumerate(zip(self.heads, self.boxes, strict=True)) for w in pair[:1 + (i in self.seen)]]
+    for i, (head, box) in enumerate(zip(self.heads, self.boxes, strict=True)):
+        here = i == self.selected_index
+        head.value, head.icon, box.layout.display = here, f"caret-{'down' if here else 'right'}", "flex" if here else "none"
+
+Folds._press, Folds._show = _press, _show
 
 # %% ../../nbs/60_looks.ipynb #95656fbf
 _ARROW = "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 18 18'><path fill='%23888' d='M5.2 5.9 9 9.7l3.8-3.8L14 7.1l-5 5-5-5z'/></svg>"
@@ -57,7 +64,8 @@ SHEET = f"""<style>
 .ascend-nb {{ --jp-success-color1: #2e7d32; }}
 body[data-jp-theme-light="false"] .ascend-nb {{ --jp-error-color1: #ff8a80; --jp-success-color1: #81c784; }}
 .ascend-nb .lm-TabBar-tabLabel {{ color: var(--jp-ui-font-color1, inherit); }}
-.ascend-nb :focus-visible {{ outline: 2px solid var(--jp-brand-color1, #1976d2) !important; outline-offset: 1px; }}
+.ascend-nb.ascend-nb :focus-visible {{ outline: 2px solid var(--jp-brand-color1, #1976d2) !important; outline-offset: 1px; }}
+.ascend-nb .widget-html-content {{ min-width: 0; }}
 .ascend-nb input, .ascend-nb input::placeholder {{ text-overflow: ellipsis; }}
 .ascend-nb button.ascend-nb-fold {{ text-align: left; padding: 0 12px; height: auto; min-height: 32px; box-shadow: none; }}
 </style>"""

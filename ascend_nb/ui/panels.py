@@ -21,6 +21,7 @@ from .static import as_html, as_text
 RED = "var(--jp-error-color1,#c62828)"
 messages(
     ui_ours=("This is a mistake of ours, not of yours: {why}. A report needs the lines below.", "这是本工具的错误，不是您的操作问题：{why}。报告时请附上以下内容。"),
+    ui_refused=("The system refused: {why} {path}. Check the path, its permissions and the disk.", "系统拒绝了操作：{why} {path}。请检查路径、权限与磁盘。"),
     ui_working=("{what} … {took}", "{what}……已用 {took}"), ui_work=("working", "进行中"), ui_stop=("Stop", "停止"), ui_end=("End it now", "立即结束"), ui_again=("Look again", "刷新"),
     ui_state=("{command}: {state}", "命令 {command}：{state}"), ui_lines=("Last lines", "最后的输出"),
 )
@@ -38,8 +39,9 @@ class Trouble(W.HTML):
         "Show it."
         self.error = error
         self.layout.display = "block" if error else "none"
+        mend = [(UserError, lambda: error.text()), (OSError, lambda: phrase("ui_refused", why=error.strerror or error, path=error.filename or "")), (Exception, lambda: phrase("ui_ours", why=f"{type(error).__name__}: {error}"))]
+        text = next((said() for kind, said in mend if isinstance(error, kind)), str(error or ""))
         ours = isinstance(error, Exception) and not isinstance(error, UserError)
-        text = phrase("ui_ours", why=f"{type(error).__name__}: {error}") if ours else error.text() if isinstance(error, UserError) else str(error or "")
         trace = f"<details><summary>traceback</summary><pre>{escape(''.join(traceback.format_exception(error)))}</pre></details>" if ours else ""
         self.value = f"<div role='alert' style='color:{RED}'>{escape(text)}{trace}</div>" if error else ""
 

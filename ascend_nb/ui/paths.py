@@ -9,7 +9,6 @@ __all__ = ['MOST', 'UP', 'entries', 'found_at', 'PathBox']
 import ipywidgets as W
 import os
 from html import escape
-from pathlib import Path
 from ..core import UserError, human_bytes, messages, phrase
 from .bilingual import label, tell
 from .panels import RED
@@ -20,26 +19,28 @@ UP = ".."
 
 def entries(
     folder, # which is listed; "": where the kernel was started
-    files: bool = True # also files
+    files: bool = True, # also files
+    most: int | None = MOST # of them; none: all
 ) -> list: # of str; folders end in "/"
     "What one may choose from. A folder that may not be read, or that is none, has nothing."
     try: found = sorted((not e.is_dir(), e.name) for e in os.scandir(folder or ".") if not e.name.startswith("."))
-    except OSError: return []
-    return [name + "/" * (not is_file) for is_file, name in found if files or not is_file][:MOST]
+    except (OSError, ValueError): return []
+    return [name + "/" * (not is_file) for is_file, name in found if files or not is_file][:most]
 
 def found_at(
     path: str # as it was typed
 ) -> str: # "" for an empty one
     "What is there, in a few words."
     if not path: return ""
-    p = Path(path).expanduser()
-    if p.is_dir(): return phrase("path_folder", n=len(entries(p)))
-    if p.is_file(): return phrase("path_file", size=human_bytes(p.stat().st_size))
-    near = sorted(e for e in entries(p.parent) if e.startswith(p.name))
-    return phrase("path_like", names=", ".join(near[:3])) if near and p.name else phrase("path_none")
+    p = os.path.expanduser(path) # os.path answers to any name, pathlib refuses some
+    if os.path.isdir(p): n = len(entries(p, most=None)); return phrase("path_folder" if n <= MOST else "path_many", n=n, most=MOST)
+    if os.path.isfile(p): return phrase("path_file", size=human_bytes(os.path.getsize(p)))
+    folder, name = os.path.split(p)
+    near = sorted(e for e in entries(folder) if e.startswith(name))
+    return phrase("path_like", names=", ".join(near[:3])) if near and name else phrase("path_none")
 
 messages(
-    path_folder=("a folder with {n} entries", "目录，含 {n} 项"), path_file=("a file of {size}", "文件，{size}"), path_none=("nothing is there", "此处没有内容"),
+    path_folder=("a folder with {n} entries", "目录，含 {n} 项"), path_many=("a folder with {n:,} entries; Browse shows the first {most}", "目录，含 {n:,} 项；浏览列表只显示前 {most} 项"), path_file=("a file of {size}", "文件，{size}"), path_none=("nothing is there", "此处没有内容"),
     path_like=("names that begin so: {names}", "以此开头的有：{names}"), path_find=("Browse", "浏览"), path_open=("Open folder", "打开目录"),
     path_word=("path", "路径"), path_hint=("type a path, or browse", "输入路径，或浏览选择"), path_list=("what lies there", "目录内容"),
 )
@@ -62,7 +63,7 @@ class PathBox(W.VBox):
         tell(self, lambda b: b.look())
 
     @property
-    def value(self) -> str: return self.line.value.strip() # the path as it was typed
+    def value(self) -> str: return os.path.expanduser(self.line.value.strip()) # as it was typed, but for ~, which no command knows
     @value.setter
     def value(self, path): self.line.value = str(path) # path: another one
 
@@ -77,6 +78,7 @@ class PathBox(W.VBox):
         self.error = None
         try: said = self.check(self.value) if self.value else ""
         except UserError as e: self.error, said = e, e.text()
+        except (OSError, ValueError): said = phrase("path_none") # a name that no system takes, or a file that it does not give
         self.note.value = f"<span style='{f'color:{RED}' if self.error else 'opacity:.75'}'>{escape(said or '')}</span>"
         self.note.layout.display = "block" if said else "none"
 
@@ -95,17 +97,17 @@ def _fold(box: PathBox, shown: bool):
         box.browser = W.HBox([box.list, box.enter], layout=W.Layout(flex_flow="row wrap"))
         box.children = [box.children[0], box.browser, box.note]
     if box.list is not None: box.browser.layout.display = "flex" if shown else "none"
-    if shown: _list(box, box.value if Path(box.value).expanduser().is_dir() else os.path.dirname(box.value))
+    if shown: _list(box, box.value if os.path.isdir(os.path.expanduser(box.value)) else os.path.dirname(box.value))
 
 def _list(box, folder):
     box.folder, box.list.value = folder, None
-    box.list.options = [UP, *entries(Path(folder).expanduser(), box.kind != "folder")]
+    box.list.options = [UP, *entries(os.path.expanduser(folder), box.kind != "folder")]
     box.list.value = None
 
 def _mark(box, name):
     if name: box.value = os.path.normpath(os.path.join(box.folder, name)) if name == UP else os.path.join(box.folder, name.rstrip("/"))
 
 def _enter(box):
-    if Path(box.value).expanduser().is_dir(): _list(box, box.value)
+    if os.path.isdir(os.path.expanduser(box.value)): _list(box, box.value)
 
 PathBox._changed, PathBox._fold = _changed, _fold

@@ -20,6 +20,7 @@ from .bilingual import label, tell
 from .forms import CodeView
 from .panels import RED, Panel, table
 from .paths import PathBox
+from .presets import PresetFold
 
 # %% ../../nbs/64_plan_panel.ipynb #05599bef
 messages(
@@ -120,7 +121,8 @@ class PlanPanel(Panel):
         self._controls(); self._results()
         left = W.VBox([*self.controls.values(), self.loosen], layout=W.Layout(flex="0 1 390px"))
         right = W.VBox([self.pick, self.figures, self.bars, W.HBox([self.fit, self.write, self.hand], layout=W.Layout(flex_flow="row wrap")), self.path, self.said, self.best], layout=W.Layout(flex="1 1 520px", min_width="420px"))
-        super().__init__([self.model, self.known, W.HBox([left, right], layout=W.Layout(flex_flow="row wrap")), self.code])
+        self.presets = PresetFold(PlanConfig, self.config, self.take)
+        super().__init__([self.model, self.known, self.presets, W.HBox([left, right], layout=W.Layout(flex_flow="row wrap")), self.code])
         tell(self, lambda page: page.ask())
 
     @property
@@ -170,9 +172,18 @@ def _asked(self: PlanPanel) -> PlanConfig:
     "What the controls say, as the command line's config."
     return replace(self.cfg, model=self.model.value, out=self.path.value, **{n: w.value for n, w in self.controls.items()})
 
+def _take(self: PlanPanel,
+    cfg: PlanConfig # from a preset or a file
+) -> None:
+    "Set everything."
+    self.cfg, self.model.value, self.path.value = cfg, cfg.model, cfg.out
+    for n, w in self.controls.items(): w.take(getattr(cfg, n)) if isinstance(w, Choice) else setattr(w, "value", getattr(cfg, n))
+    self.ask()
+
 def _ask(self: PlanPanel) -> None:
     "Ask the planner, after a moment and beside the page."
     for b in (self.fit, self.write, self.hand): b.disabled = True
+    self.presets.look()
     with self._lock:
         self.asked += 1
         if self.busy: return
@@ -194,7 +205,7 @@ def _work(self: PlanPanel):
         with self._lock:
             if n == self.asked: self.busy = False; return
 
-PlanPanel.config, PlanPanel.ask, PlanPanel._work = _asked, _ask, _work
+PlanPanel.config, PlanPanel.take, PlanPanel.ask, PlanPanel._work = _asked, _take, _ask, _work
 
 # %% ../../nbs/64_plan_panel.ipynb #a162d4e8
 HEAD = dict(tp="tp", pp="pp", vpp="vpp", cp="cp", ep="ep", dp="dp", micro="micro", recompute="recompute", zero="zero", gib="GiB", seconds="s/step", tokens_per_s="tok/s/dev", mfu="MFU", bubble="bubble", exposed="links")

@@ -7,6 +7,7 @@ __all__ = ['WORDS', 'findings_html', 'plot_html', 'changes_html', 'logs_html', '
 
 # %% ../../nbs/66_profile_panel.ipynb #b7df6a83
 import ipywidgets as W
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from ..config import PlotLogConfig, ProfileConfig
@@ -23,6 +24,7 @@ from .looks import Folds
 from .forms import CodeView
 from .panels import Panel, table
 from .paths import PathBox
+from .presets import PresetFold
 from .pieces import Told, figure_html, frame_html
 
 # %% ../../nbs/66_profile_panel.ipynb #14070504
@@ -95,6 +97,7 @@ class ProfilePanel(Panel):
         cfg: ProfileConfig | None = None # values at the start
     ):
         cfg, self.profile, self.base, self.found, self.drawn = cfg or ProfileConfig(), None, None, [], {}
+        self.start = cfg # what has no control stays as it is
         wide = dict(description_width="130px")
         self.path, self.before = PathBox(cfg.path, "prof_path"), PathBox(cfg.baseline or "", "prof_base")
         self.device = label(W.Dropdown(options=[("—", ""), *((d, d) for d in DEVICES)], value=cfg.device if cfg.device in DEVICES else "", style=wide), description="prof_device")
@@ -105,12 +108,14 @@ class ProfilePanel(Panel):
         self.change = Told(lambda: self.drawn.get("change") or (escape(phrase("prof_no_base")) if self.base is None else ""))
         self.out, self.export, self.wrote = label(W.Text(cfg.out or "profile_report", style=wide), description="prof_out"), label(W.Button(icon="download", layout=W.Layout(width="auto")), description="prof_export"), Told(lambda: escape(phrase("prof_wrote", **self.drawn["wrote"])) if "wrote" in self.drawn else "")
         self.more = titles(Folds([W.VBox([self.which, self.picture]), self.change, W.VBox([self.out, W.HBox([self.export]), self.wrote]), self._logs()]), "prof_plots", "prof_changes", "prof_report", "prof_logs")
-        super().__init__([self.path, self.before, self.device, W.HBox([self.read]), self.told, self.code, self.more])
+        self.presets = PresetFold(ProfileConfig, self.cfg, self.take)
+        for b in (self.path, self.before): b.on_change(lambda _: self.presets.look())
+        super().__init__([self.path, self.before, self.device, self.presets, W.HBox([self.read]), self.told, self.code, self.more])
         self.read.on_click(lambda _: self.inspect()); self.export.on_click(lambda _: self.report())
         for w, name in ((self.which, "value"), (self.more, "selected_index")): w.observe(lambda _: self.draw(), name)
 
-    def cfg(self) -> ProfileConfig: return ProfileConfig(path=self.path.value, baseline=self.before.value or None, device=self.device.value) # what stands in the controls
-    def row(self): return find_device(self.device.value) if self.device.value else None # of the table of hardware
+    def cfg(self) -> ProfileConfig: return replace(self.start, path=self.path.value, baseline=self.before.value or None, device=self.device.value) # what stands in the controls
+    def row(self): return find_device(self.device.value, self.start.device_file) if self.device.value else None # of the table of hardware
 
     def _names(self): return [(phrase(k), name) for name, k in WORDS.items()]
 
@@ -119,13 +124,25 @@ class ProfilePanel(Panel):
         if self.profile is not None: self.draw()
         if "logs" in self.drawn: self.overlay()
 
-    def _logs(self):
-        wide = dict(description_width="130px")
-        self.files = label(W.Textarea(rows=3, style=wide, layout=W.Layout(width="auto", max_width="820px")), description="logs_files", placeholder="logs_hint")
-        self.old, self.go = PathBox("", "logs_base"), label(W.Button(icon="line-chart", layout=W.Layout(width="auto")), description="logs_go")
-        self.curves, self.logs_code = Told(lambda: self.drawn.get("logs", "")), CodeView()
-        self.go.on_click(lambda _: self.overlay())
-        return W.VBox([self.files, self.old, W.HBox([self.go]), self.curves, self.logs_code])
+# %% ../../nbs/66_profile_panel.ipynb #a747ad2e
+def _take(self: ProfilePanel,
+    cfg: ProfileConfig # from a file
+) -> None:
+    "Show another config."
+    self.start, names = cfg, {v for _, v in self.device.options}
+    if cfg.device not in names: self.device.options = [*self.device.options, (cfg.device, cfg.device)]
+    self.path.value, self.before.value, self.device.value, self.out.value = cfg.path, cfg.baseline or "", cfg.device, cfg.out or "profile_report"
+    self.presets.look()
+
+def _logs(self: ProfilePanel):
+    wide = dict(description_width="130px")
+    self.files = label(W.Textarea(rows=3, style=wide, layout=W.Layout(width="auto", max_width="820px")), description="logs_files", placeholder="logs_hint")
+    self.old, self.go = PathBox("", "logs_base"), label(W.Button(icon="line-chart", layout=W.Layout(width="auto")), description="logs_go")
+    self.curves, self.logs_code = Told(lambda: self.drawn.get("logs", "")), CodeView()
+    self.go.on_click(lambda _: self.overlay())
+    return W.VBox([self.files, self.old, W.HBox([self.go]), self.curves, self.logs_code])
+
+ProfilePanel.take, ProfilePanel._logs = _take, _logs
 
 # %% ../../nbs/66_profile_panel.ipynb #747bf3ba
 def _inspect(self: ProfilePanel): # the thread
