@@ -46,7 +46,7 @@ test-slow: dev  ## everything, the slow cells and tests too
 	$(BIN)/nbdev-test --n-workers 1 --cell-timeout 1800 --flags "slow data"
 	$(BIN)/python -m pytest -m "slow or not slow"
 
-test-ui: dev  ## the studio in a real browser: JupyterLab, voila; needs a Chromium. ASCEND_NB_SHOTS=docs/images keeps the pictures
+test-ui: dev  ## the studio in a real browser: JupyterLab, Notebook 7, voila; needs a Chromium. ASCEND_NB_SHOTS=docs/images keeps its pictures, ASCEND_NB_LOOKS=FOLDER every page in every look
 	$(BIN)/python -m pytest -m "slow or not slow" -rs tests/test_browser.py tests/test_browser_hosts.py
 
 test-npu-schema:  ## our NPU calls against torch_npu's own schemas, in an environment of its own

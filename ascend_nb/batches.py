@@ -12,7 +12,7 @@ from .config import SampleConfig
 from .core import UserError, messages
 from .decoder import Fast
 from .families import max_length
-from .reading import Memory, common, last_hidden, pieces
+from .reading import Memory, last_hidden, pieces
 from .sampling import Chooser, check
 
 # %% ../nbs/49e_batches.ipynb #268b7699
@@ -74,9 +74,9 @@ class Batch:
 
     def _seat(self, ids): # (a free memory, another one that knows more of these ids, or None)
         used = {id(r.memory) for r in self.rows.values()}
-        best = lambda ms: max(ms, key=lambda m: common(m.known, ids), default=None)
+        best = lambda ms: max(ms, key=lambda m: m.same(ids), default=None)
         mine, other = best([m for m in self.memories if id(m) not in used]), best(self.memories)
-        if common(other.known, ids) <= common(mine.known, ids): return mine, None
+        if other.same(ids) <= mine.same(ids): return mine, None
         return next((m for m in self.memories if id(m) not in used and not m.ids), mine), other
 
     def cancel(self,
@@ -111,6 +111,8 @@ def _add(self: Batch,
 @torch.inference_mode()
 def _step(self: Batch) -> list: # of Made
     "One token for every row that has read its prompt. The rows that end leave; their slots are free."
+    for r in self.rows.values():
+        if not r.new and r.memory.outgrown(): r.new = pieces(self.model, r.memory.ids)
     ready = [(k, r) for k, r in self.rows.items() if not r.new]
     h = [*self.model.step([(r.memory.ids[-1], r.memory.kv) for _, r in ready])] if ready else []
     for key, r in self.rows.items(): # the oldest prompt that is not read

@@ -13,7 +13,7 @@ from .config import SampleConfig
 from .core import UserError, messages
 from .batches import room_for
 from .many_devices import Spread, new_cache
-from .reading import Memory, read
+from .reading import Memory, era, read
 from .sampling import check, generator_of, penalise, penalised, warp
 
 # %% ../nbs/49f_beams.ipynb #e7d2c830
@@ -110,6 +110,8 @@ def search(
         if len(done) == n and best <= done[-1].score: break
         rows = [*range(len(beams)), *[0] * (n - len(beams))] # the cache has n rows, whatever is left
         _follow(cache, [parents[i] for i in rows])
-        h = model.hidden(torch.tensor([[beams[i].ids[-1]] for i in rows], device=model.head_weight.device), cache=cache)
+        new = [[beams[i].ids[-1]] for i in rows]
+        if not era(model, cache.length) and era(model, cache.length + 1) == 1: cache.length, new = 0, [[*ids, *beams[i].ids] for i in rows] # all of it is turned anew
+        h = model.hidden(torch.tensor(new, device=model.head_weight.device), cache=cache)
         z = model.logits(h[:len(beams), -1])
     return done[:cfg.num_return_sequences]

@@ -196,11 +196,12 @@ def _places(self: Fast, cache, row): # its addresses: made once
     return ctypes.addressof(made[row])
 
 def _go(self: Fast, x, rows): # x (B, H), rows [(cache, which of its rows, position)]
-    room, far = 4 * self.c.R, 0
+    room, ends = 4 * self.c.R, {}
+    for cache, _, at in rows: ends[cache] = max(at + 1, ends.get(cache, 0)) # tokens of one text are turned alike
     def one(cache, row, at):
-        cos, sin = self.model.model.rope.table(at + 1, torch.float32, x.device)
+        cos, sin = self.model.model.rope.table(ends[cache], torch.float32, x.device)
         return native.Row(at, cache.max_len, cos.data_ptr() + at * room, sin.data_ptr() + at * room, self._places(cache, row))
-    made, far, n = (native.Row * len(rows))(*(one(*r) for r in rows)), max(at for *_, at in rows) + 1, torch.get_num_threads()
+    made, far, n = (native.Row * len(rows))(*(one(*r) for r in rows)), max(ends.values()), torch.get_num_threads()
     lib = library()[0]
     span = -(-far // 256) * 256
     need = lib.need(ctypes.byref(self.c), L(len(rows)), L(span), L(n))

@@ -274,9 +274,8 @@ def save_result(
     with atomic_file(output) as f: jsonlib.dump({k: v for k, v in result.items() if k != "samples"}, f, ensure_ascii=False, indent=2)
 
 def _writable(path): # told before the minutes of loading a model
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=path.parent): pass
+    place = next(p for p in path.absolute().parents if p.exists()) # nothing is made before there is something to write
+    with writing(path), TemporaryFile(dir=place): pass
 
 def _together(results: dict) -> dict: # task -> result: one result for all, in the same shape
     out = {}

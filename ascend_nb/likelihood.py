@@ -16,6 +16,7 @@ from .core import UserError, messages, say
 from .decoder import PAGE, Fast
 from .many_devices import my_share, sum_up
 from .model import Decoder, KVCache
+from .reading import era
 
 # %% ../nbs/52a_likelihood.ipynb #b5b56d67
 def encode_pairs(
@@ -237,10 +238,6 @@ def score_rows(
         done(sum(len(r.asks) for r in batch))
 
 # %% ../nbs/52a_likelihood.ipynb #1265514c
-def _far(cfg) -> float: # tokens; longer texts are read whole
-    r = cfg.rope_scaling or {}
-    return r["original_max_position_embeddings"] if r.get("rope_type") == "longrope" else math.inf
-
 @torch.no_grad()
 def loglikelihoods(
     model: Decoder, # in eval mode, on its device
@@ -258,8 +255,8 @@ def loglikelihoods(
     if cut: say(f"{len(cut)} of {len(rows)} prompts are longer than the model's {model.cfg.max_position_embeddings} tokens: cut from the left")
     out = torch.zeros(len(pairs), 2, dtype=torch.float64)
     mine = [my_share(model, rows, lambda r: len(r.ids)) for rows in (whole, cut)]
-    far = _far(model.cfg)
-    for part, worth in ((part, worth) for rows in mine for part, worth in (([r for r in rows if len(r.ids) <= far], None), ([r for r in rows if len(r.ids) > far], math.inf)) if part):
+    parts = [([r for r in rows if bool(era(model, len(r.ids))) == far], math.inf if far else None) for rows in mine for far in (False, True)]
+    for part, worth in ((p, w) for p, w in parts if p):
         score_rows(start_of(model, max(len(r.ids) for r in part), worth), part, batch_size, out, done)
     if others := len(pairs) - sum(len(r.asks) for part in mine for r in part): done(others)
     out = sum_up(model, out)

@@ -6,7 +6,7 @@
 __all__ = ['STATUS', 'Answers', 'whole', 'pieces', 'Service', 'make_app', 'open_port', 'run']
 
 # %% ../nbs/54a_serve.ipynb #52c04654
-import asyncio, hmac, json as jsonlib, os, signal, time, uuid
+import asyncio, hmac, json as jsonlib, os, re, signal, time, uuid
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from .config import ServeConfig
@@ -132,14 +132,14 @@ class Service:
 
     def let_in(self, request) -> None: # request: with headers
         "Raise Refused without the token."
-        got = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
+        got = re.sub("(?i)^bearer +", "", request.headers.get("authorization", "")).strip()
         if self.key and not hmac.compare_digest(got.encode(), self.key.encode()): raise Refused(401, phrase("serve_key"), kind="authentication_error")
 
     def begin(self, kind: str, body: dict): # kind: a key of SHAPES; body: a request -> (Answers, head, choice, piece, stream?, usage?)
         "Check, and get in line."
         read, prefix, whole_name, piece_name, choice, piece = SHAPES[kind]
         if body.get("model") not in (None, "", self.name): raise Refused(404, phrase("serve_model", got=body["model"], name=self.name), "model")
-        n, live = body.get("n") or 1, body.get("stream") or False
+        n, live = 1 if body.get("n") is None else body["n"], body.get("stream") or False
         if not isinstance(n, int) or isinstance(n, bool) or not 1 <= n <= 16: raise bad("n", n, "a number from 1 to 16")
         options = body.get("stream_options") or {}
         if not isinstance(live, bool) or not isinstance(options, dict): raise bad("stream", live, "true or false")

@@ -260,8 +260,8 @@ class TokenView:
     def __str__(self): return "".join(f"\033[{32 if m else 90}m{p}\033[0m" for p, m in zip(self.pieces, self.mask))
     def __repr__(self): return f"{len(self.pieces)} tokens, {sum(self.mask)} learned" if in_notebook() else str(self)
     def _repr_html_(self):
-        style = ("color:#888", "background:#d7f5dd;color:#063")
-        spans = (f"<span title='learned: {bool(m)}' style='{style[m]};border-right:1px solid #ccc'>{html.escape(p)}</span>" for p, m in zip(self.pieces, self.mask))
+        style = ("opacity:.7", "background:#d7f5dd;color:#063")
+        spans = (f"<span title='learned: {bool(m)}' style='{style[m]};border-right:1px solid rgba(128,128,128,.5)'>{html.escape(p)}</span>" for p, m in zip(self.pieces, self.mask))
         return f"<div style='font-family:monospace;white-space:pre-wrap'>{''.join(spans)}</div>"
 
 def show_tokens(

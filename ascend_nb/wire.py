@@ -30,7 +30,7 @@ KNOBS = { # field of a request -> (knob, types, least, most)
 }
 NOTHING = (None, False, 0, 1, "", [], {}, "auto", "none", {"type": "text"}) # values that ask for nothing
 KNOWN = {"model", "messages", "prompt", "stream", "stream_options", "stop", "n", "tools", "user", "metadata", "store", "safety_identifier",
-         "logprobs", "top_logprobs", "logit_bias", "response_format", "guided_regex"} | set(KNOBS) # what is read, or may be passed over
+         "logprobs", "top_logprobs", "logit_bias", "response_format", "guided_regex", "parallel_tool_calls"} | set(KNOBS) # what is read, or may be passed over
 
 def bad(field, got, want): # -> Refused
     return Refused(400, phrase("serve_field", field=field, got=got, want=want), field)
@@ -51,7 +51,7 @@ def sampling(
             if not isinstance(value, types) or isinstance(value, bool) or not low <= value <= high: raise bad(field, value, f"a number from {low} to {high}")
             if knob in have: knobs[knob] = value; continue
             if value not in (0, 1): raise Refused(400, phrase("serve_absent", field=field), field)
-        elif field not in KNOWN and value not in NOTHING: raise Refused(400, phrase("serve_absent", field=field), field)
+        elif field not in KNOWN and (value is True or value not in NOTHING): raise Refused(400, phrase("serve_absent", field=field), field)
     stop = body.get("stop") or []
     stop = [stop] if isinstance(stop, str) else stop
     if not isinstance(stop, list) or len(stop) > 16 or not all(isinstance(s, str) for s in stop): raise bad("stop", stop, "a text or at most 16 of them")
@@ -107,7 +107,9 @@ def chat_ids(
     "The chat as the model reads it. Raises Refused for messages that are none."
     said = body.get("messages")
     if not isinstance(said, list) or not said: raise bad("messages", said, "a list with at least one message")
-    return [encode_prompt([_said(m) for m in said], tokenizer, tools=body.get("tools") or None)]
+    tools = body.get("tools") or None
+    if not isinstance(tools, list | None) or not all(isinstance(t, dict) for t in tools or ()): raise bad("tools", tools, "a list of objects")
+    return [encode_prompt([_said(m) for m in said], tokenizer, tools=tools)]
 
 def text_ids(
     body: dict, # of completions

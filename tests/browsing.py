@@ -166,9 +166,9 @@ def sessions(root, token):
     return json.load(urllib.request.urlopen(f"{root}api/kernels?token={token}", timeout=10))
 
 
-def shot(page, name):
-    "A picture for the docs; where ASCEND_NB_SHOTS names a folder it is kept."
-    folder = os.environ.get("ASCEND_NB_SHOTS")
+def shot(page, name, where="ASCEND_NB_SHOTS"):
+    "A picture, for the docs or (ASCEND_NB_LOOKS) to look at; where the variable names a folder it is kept."
+    folder = os.environ.get(where)
     if folder: os.makedirs(folder, exist_ok=True); page.screenshot(path=f"{folder}/{name}.png")
 
 

@@ -165,7 +165,7 @@ def test_every_page_can_be_read(desk):
                         n, pale = page.evaluate(PALE)
                         looked += n
                         bad += [(name, zh, dark, wide, b) for b in pale + page.evaluate(CUT)]
-                        if wide in (900, 1400): shot(page, f"look_{name}_{'zh' if zh else 'en'}_{'dark' if dark else 'light'}_{wide}")
+                        if wide in (900, 1400): shot(page, f"{name}_{'zh' if zh else 'en'}_{'dark' if dark else 'light'}_{wide}", "ASCEND_NB_LOOKS")
         assert looked > 5000 and not bad, bad[:12]
         assert not afar and not page.complaints
 

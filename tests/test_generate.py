@@ -82,6 +82,32 @@ def test_ids_are_those_of_transformers(family, tmp_path):
         assert len(set(want)) > 5 # a text that varies
 
 
+@pytest.mark.parametrize("twin", [True, False])
+def test_a_text_that_outgrows_the_trained_length(tmp_path, twin):
+    "longrope: the first token beyond it turns all those before it anew. Greedy, beams, side by side, and behind what was remembered: as transformers."
+    import transformers
+    from ascend_nb.batches import Batch
+    from ascend_nb.beams import search
+    from ascend_nb.decoder import Fast
+    rope = dict(rope_type="longrope", short_factor=[1., 1.2, 1.5, 2., 2.5, 3.], long_factor=[1., 2., 4., 7., 11., 20.], rope_theta=1e4)
+    torch.manual_seed(3)
+    hf = transformers.Phi3ForCausalLM(transformers.Phi3Config(**TINY, rope_parameters=rope, original_max_position_embeddings=40)).eval()
+    hf.save_pretrained(tmp_path)
+    model = Fast(load_model(tmp_path), compiled=twin)
+    memory, r = Memory(model), random.Random(1)
+    for n in (30, 35, 39, 40, 41, 60, 20):
+        ids = [*range(20), *r.choices(range(300), k=n - 20)]
+        want = their_ids(hf, ids, 16, do_sample=False)
+        cfg = SampleConfig(max_new_tokens=16)
+        assert our_ids(model, ids, 16) == want and list(next_ids(model, ids, cfg, 16, memory)) == want
+        batch = Batch(model, 2, piece=16)
+        keys, texts = [batch.add(ids, cfg), batch.add([5, *ids], cfg)], {}
+        while batch.rows:
+            for m in batch.step(): texts.setdefault(m.key, []).append(m.id)
+        assert [texts[k] for k in keys] == [want, their_ids(hf, [5, *ids], 16, do_sample=False)]
+        if n != 41: assert search(model, ids, SampleConfig(task="beam_search", max_new_tokens=16, num_beams=1))[0].ids == want
+
+
 def test_memory_changes_nothing(tmp_path):
     _, model = pair(tmp_path, "mistral")
     memory, r, calls = Memory(model), random.Random(1), 0

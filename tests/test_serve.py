@@ -157,7 +157,8 @@ def test_a_full_line_turns_away_with_429_and_nobody_else_notices(client, raw):
     ("/v1/completions", {"prompt": "x" * 200_000}, 413, "more than 0.1 MB"), ("/v1/completions", {"prompt": {"a": 1}}, 400, "a text, a list of ids"),
     ("/v1/completions", {"prompt": [10**9]}, 400, "Use the tokenizer that belongs to the model"), ("/v1/completions", {"prompt": "word " * 2000}, 400, "Shorten the prompt"),
     ("/v1/completions", {"prompt": "x", "temperature": 9}, 400, "from 0 to 2"), ("/v1/completions", {"prompt": "x", "max_tokens": 0}, 400, "from 1 to"),
-    ("/v1/completions", {"prompt": "x", "max_tokens": True}, 400, "from 1 to"), ("/v1/completions", {"prompt": "x", "n": 99}, 400, "from 1 to 16"), ("/v1/completions", {"prompt": "x", "stream": "yes"}, 400, "true or false"),
+    ("/v1/completions", {"prompt": "x", "max_tokens": True}, 400, "from 1 to"), ("/v1/completions", {"prompt": "x", "n": 99}, 400, "from 1 to 16"), ("/v1/completions", {"prompt": "x", "n": 0}, 400, "from 1 to 16"), ("/v1/completions", {"prompt": "x", "echo": True}, 400, "Found echo"),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "tools": 5}, 400, "a list of objects"), ("/v1/completions", {"prompt": "x", "stream": "yes"}, 400, "true or false"),
     ("/v1/completions", {"prompt": "x", "model": "gpt-9"}, 404, "expected 'tales'"), ("/v1/completions", {"prompt": "x", "audio": {"voice": "alto"}}, 400, "cannot do"),
     ("/v1/completions", {"prompt": "x", "logprobs": 99}, 400, "from 0 to 20"), ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "logprobs": "yes"}, 400, "true or false"),
     ("/v1/completions", {"prompt": "x", "response_format": {"type": "xml"}}, 400, "json_object"), ("/v1/completions", {"prompt": "x", "logit_bias": {"5": 1000}}, 400, "from -100 to 100"),
@@ -172,7 +173,7 @@ def test_nonsense_is_answered_in_the_clients_terms(raw, path, body, status, word
 
 def test_who_may_come_in(server, raw):
     with pytest.raises(openai.AuthenticationError): openai.OpenAI(base_url=server[0], api_key="guess", max_retries=0).models.list()
-    assert raw.get("/v1/models", headers={"Authorization": ""}).status_code == 401
+    assert raw.get("/v1/models", headers={"Authorization": ""}).status_code == 401 and raw.get("/v1/models", headers={"Authorization": "bearer secret"}).status_code == 200
     assert raw.get("/health", headers={"Host": "evil.example"}).status_code == 400  # a page that points its own name at 127.0.0.1
     assert raw.get("/v1/nothing").status_code == 404 and raw.get("/v1/chat/completions").status_code == 405
 
