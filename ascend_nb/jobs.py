@@ -6,7 +6,7 @@
 __all__ = ['torchrun', 'busy_cards', 'visible_cards', 'Job', 'launch', 'attach', 'list_jobs']
 
 # %% ../nbs/45a_jobs.ipynb #336b33de
-import json, os, shlex, socket, sys
+import os, shlex, socket, sys
 from contextlib import contextmanager
 from html import escape
 from pathlib import Path
@@ -15,7 +15,7 @@ from .config import RunConfig
 from .core import UserError, human_time, messages, phrase
 from .doctor import _smi, parse_smi
 from .keeper import ENDED, JOB, LOG, STOP, end_family, port_holder, read_json, start_keeper, write_json
-from .kept import LIVE, Kept, last_text
+from .kept import LIVE, Kept, last_text, rows_of
 from .schema import load_yaml, save_yaml, to_args
 
 # %% ../nbs/45a_jobs.ipynb #9a8ad4c2
@@ -97,15 +97,15 @@ class Job(Kept):
 
     def row(self) -> dict: # the newest row with a loss; empty before the first
         "Read from the end of metrics.jsonl: a long run is asked often."
-        rows = [json.loads(line) for line in last_text(self.run.metrics_path).split("\n")[:-1] if line]
+        rows = rows_of(last_text(self.run.metrics_path).rpartition("\n")[0])
         return next((r for r in reversed(rows) if "loss" in r), {})
 
     def steps(self) -> tuple: # (steps done, steps in all)
         "How far it is."
-        return self.row().get("step", 0), self.spec["steps"]
+        return self.row().get("step", 0), (self.spec or {}).get("steps", 0)
 
     def progress(self) -> tuple: return (*self.steps(), "") # as an errand tells it
-    def done(self) -> bool: return self.row().get("step", 0) >= self.spec["steps"] # has it all its steps?
+    def done(self) -> bool: return self.row().get("step", 0) >= self.steps()[1] # has it all its steps?
     def going(self) -> bool: return self.row().get("time", 0) >= self.started["time"] # has it done a step since it was started?
 
     def __repr__(self):

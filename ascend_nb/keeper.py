@@ -76,9 +76,9 @@ def write_json(
 
 def read_json(
     path # where
-) -> dict | None: # None: it is not there
+) -> dict | None: # None: it is not there, or damaged
     try: return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError: return None
+    except (FileNotFoundError, ValueError): return None
 
 def keep(
     folder # a job's folder with job.json

@@ -6,6 +6,7 @@
 __all__ = ['CJK', 'cjk_font', 'plot_words', 'new_figure', 'with_fonts', 'save_figure']
 
 # %% ../nbs/02j_pictures.ipynb #7c91a78a
+import re
 from pathlib import Path
 from .core import MESSAGES, UserError, atomic_file, lang, messages, writing
 
@@ -41,9 +42,11 @@ def new_figure(
 def with_fonts(
     fig # a matplotlib Figure that is drawn to its end
 ): # the same
-    "Each text takes the glyphs that its own font lacks from one that has Chinese."
+    "Each text takes the glyphs that its own font lacks from one that has Chinese; without such a font a name in Chinese is told by its numbers, not by boxes."
     from matplotlib.text import Text
-    if not (font := cjk_font()): return fig
+    if not (font := cjk_font()):
+        for t in fig.findobj(Text): t.set_text(re.sub("[\u2e80-\uffff]", lambda m: f"\\u{ord(m[0]):04x}", t.get_text()))
+        return fig
     for ax in fig.axes: ax.tick_params(labelfontfamily=[*ax.title.get_fontfamily(), font]) # ticks that are still to come
     for t in fig.findobj(Text):
         if font not in t.get_fontfamily(): t.set_fontfamily([*t.get_fontfamily(), font])

@@ -9,7 +9,7 @@ __all__ = ['page', 'ask_msprof', 'run']
 import shutil, subprocess
 from pathlib import Path
 from .config import ProfileConfig
-from .core import UserError, atomic_file, messages, phrase, say
+from .core import UserError, atomic_file, messages, phrase, say, writing
 from .findings import changes, find_all
 from .hardware import find_device
 from .profile_files import Profile, open_profile
@@ -77,8 +77,8 @@ def _write(cfg, p, base, found, more, device):
     if base:
         save_figure(plot_comparison(base, p), Path(cfg.out) / "comparison.png"); done["comparison"] = len(more)
         for name, t in compare_profiles(base, p).items():
-            with atomic_file(Path(cfg.out) / f"comparison_{name}.csv") as f: t.to_csv(f)
-    with atomic_file(Path(cfg.out) / "findings.md") as f: f.write(page(p, found, more))
+            with writing(cfg.out), atomic_file(Path(cfg.out) / f"comparison_{name}.csv") as f: t.to_csv(f)
+    with writing(cfg.out), atomic_file(Path(cfg.out) / "findings.md") as f: f.write(page(p, found, more))
     return done
 
 def _copies(p, cfg):

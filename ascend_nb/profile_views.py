@@ -93,7 +93,7 @@ def peak_owners(
     g = alive.groupby("name").kb.agg(blocks="size", mb=lambda kb: kb.sum() / 1024).sort_values("mb", ascending=False).reset_index()
     rest = g.iloc[n:]
     rows = [g.head(n), pd.DataFrame([dict(name="(others)", blocks=rest.blocks.sum(), mb=rest.mb.sum())]) if len(rest) else None, pd.DataFrame([dict(name="(held before the recording)", blocks=0, mb=peak.allocated - g.mb.sum())])]
-    return pd.concat([r for r in rows if r is not None], ignore_index=True).assign(share=lambda t: t.mb / peak.allocated)
+    return pd.concat([r for r in rows if r is not None], ignore_index=True).assign(share=lambda t: t.mb / max(peak.allocated, 1e-12))
 
 # %% ../nbs/57b_profile_views.ipynb #4b78c97f
 _OUT = ("RDMA",) # transports that leave a node

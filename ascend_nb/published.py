@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NEEDED', 'OTHERS', 'UNITS', 'TIMES', 'MOST', 'TRAITS', 'read_runs', 'run_model', 'run_layout', 'predict', 'summary',
-           'validate', 'fit_rates', 'cross_validate']
+           'validate', 'plot_errors', 'fit_rates', 'cross_validate']
 
 # %% ../nbs/55c_published.ipynb #22f52de6
 import csv
@@ -13,6 +13,7 @@ import numpy as np
 from .core import UserError, messages, phrase, say
 from .costs import Layout, count
 from .hardware import DEVICES, Device, find_device
+from .pictures import new_figure, plot_words, with_fonts
 from .shapes import ModelConfig
 from .step_time import RATES, grouped, step_time, waiting
 
@@ -148,6 +149,27 @@ def validate(
         except UserError as e: return str(e)
     rows = read_runs(path)
     return summary(rows, [one(r) for r in rows])
+
+# %% ../nbs/55c_published.ipynb #a9160613
+def plot_errors(
+    by_row: list # of `summary`
+): # matplotlib Figure
+    "Predicted against published, lines at a quarter more and less, what lies outside named; and how many rows are how far off."
+    rows = [b for b in by_row if b["error"] is not None]
+    t, p, error = (np.array([b[k] for b in rows], float) for k in ("published", "predicted", "error"))
+    fig = new_figure(11, 4.5)
+    left, right = fig.subplots(1, 2)
+    left.loglog(t, p, "o", ms=5)
+    ends = np.array([t.min() / 1.5, t.max() * 1.5])
+    for f, style in ((1, "k-"), (.75, "k:"), (1.25, "k:")): left.plot(ends, ends * f, style, lw=.8)
+    for b in rows:
+        if b["error"] > .25: left.annotate(f"{b['model']}-{b['size']}", (b["published"], b["predicted"]), fontsize=8)
+    right.plot(np.sort(error), np.linspace(0, 1, len(rows)), drawstyle="steps-post")
+    for x in (.1, .25): right.axvline(x, color="k", ls=":")
+    left.set(xlabel=plot_words("plot_published"), ylabel=plot_words("plot_predicted")); right.set(xlabel=plot_words("plot_error"), ylabel=plot_words("plot_less"), xscale="log")
+    return with_fonts(fig)
+
+messages(plot_published=("published tokens/s/device", "公布的词元/秒/设备"), plot_predicted=("predicted", "预测"), plot_error=("error", "误差"), plot_less=("share of rows with less", "误差更小的行所占比例"))
 
 # %% ../nbs/55c_published.ipynb #a3461ea9
 def fit_rates(

@@ -10,8 +10,8 @@ import gzip, io, json, os
 from array import array
 from pathlib import Path
 import numpy as np
-from .core import UserError, atomic_file, messages, need
-from .trace_files import _STEP, Names, nanoseconds, read_events
+from .core import UserError, atomic_file, messages, need, writing
+from .trace_files import _STEP, Names, nanoseconds, read_events, sound
 
 # %% ../nbs/57f_trace_copies.ipynb #e88a8982
 def sublanes(
@@ -41,33 +41,36 @@ def check_trace(
 ) -> dict: # events, lasting, texts (times that are texts), far (times above 2**43 us), wide (numbers beyond 31 bits), crossing, loose (arrows without an end)
     "What a viewer would stumble over; all zeros but the first two is a clean trace."
     lanes, arrows, n = _Lanes(), {}, dict(events=0, lasting=0, texts=0, far=0, wide=0)
-    for e in read_events(path):
-        n["events"] += 1
-        if "ts" in e and e.get("ph") != "M":
-            n["texts"] += isinstance(e["ts"], str) or isinstance(e.get("dur"), str)
-            n["far"] += nanoseconds(e["ts"]) >= 1000 << 43 # a double holds thousandths of a microsecond below
-        n["wide"] += any(isinstance(v, int) and v >= 1 << 31 for v in (e.get("pid"), e.get("tid"), e.get("id")))
-        if e.get("ph") == "X": n["lasting"] += 1; lanes.add(e)
-        if e.get("ph") in "sf": arrows.setdefault((e.get("cat"), str(e.get("id"))), set()).add(e["ph"])
+    with sound(path):
+        for e in read_events(path):
+            n["events"] += 1
+            if "ts" in e and e.get("ph") != "M":
+                n["texts"] += isinstance(e["ts"], str) or isinstance(e.get("dur"), str)
+                n["far"] += nanoseconds(e["ts"]) >= 1000 << 43 # a double holds thousandths of a microsecond below
+            n["wide"] += any(isinstance(v, int) and v >= 1 << 31 for v in (e.get("pid"), e.get("tid"), e.get("id")))
+            if e.get("ph") == "X": n["lasting"] += 1; lanes.add(e)
+            if e.get("ph") in ("s", "f"): arrows.setdefault((e.get("cat"), str(e.get("id"))), set()).add(e["ph"])
     return n | dict(crossing=int(sum((k > 0).sum() for k in lanes.dealt().values())), loose=sum(len(v) < 2 for v in arrows.values()))
 
 # %% ../nbs/57f_trace_copies.ipynb #d7fb3cbe
 def _survey(path, steps): # first moment kept, window or None, lanes, arrows with both ends in it
     marks, first, lanes = {}, None, _Lanes()
-    for e in read_events(path):
-        if e.get("ph") == "X" and (m := _STEP.search(str(e.get("name")))): marks[int(m[1])] = (nanoseconds(e["ts"]), nanoseconds(e["ts"]) + nanoseconds(e.get("dur", 0)))
+    with sound(path):
+        for e in read_events(path):
+            if e.get("ph") == "X" and (m := _STEP.search(str(e.get("name")))): marks[int(m[1])] = (nanoseconds(e["ts"]), nanoseconds(e["ts"]) + nanoseconds(e.get("dur", 0)))
     if steps:
         asked = [w for n, w in marks.items() if steps[0] <= n <= steps[-1]]
         if not asked: raise UserError("trace_no_step", path=path, got="-".join(map(str, steps)), known=", ".join(map(str, sorted(marks))) or "-")
     window = (min(a for a, _ in asked), max(b for _, b in asked)) if steps else None
     ends = {}
-    for e in read_events(path):
-        if e.get("ph") == "M" or "ts" not in e: continue
-        at = nanoseconds(e["ts"])
-        if window and not window[0] <= at < window[1]: continue
-        first = at if first is None else min(first, at)
-        if e.get("ph") == "X": lanes.add(e)
-        if e.get("ph") in ("s", "f"): ends.setdefault((e.get("cat"), str(e.get("id"))), set()).add(e["ph"])
+    with sound(path):
+        for e in read_events(path):
+            if e.get("ph") == "M" or "ts" not in e: continue
+            at = nanoseconds(e["ts"])
+            if window and not window[0] <= at < window[1]: continue
+            first = at if first is None else min(first, at)
+            if e.get("ph") == "X": lanes.add(e)
+            if e.get("ph") in ("s", "f"): ends.setdefault((e.get("cat"), str(e.get("id"))), set()).add(e["ph"])
     return first or 0, window, lanes, {k for k, v in ends.items() if len(v) == 2}
 
 # %% ../nbs/57f_trace_copies.ipynb #3c6a3487
@@ -85,7 +88,7 @@ def perfetto_copy(
     homes = {k: dict(zip(lanes.known[k][0], map(int, d))) for k, d in dealt.items() if d.any()} # where an arrow of a moved event goes
     count = dict(events=0, dropped=0, moved=0)
     place = lambda where, n: dict(pid=names.small(where[0]), tid=names.small(where[1]) if not n else moved.setdefault((where, n), (1 << 21) + len(moved)))
-    with atomic_file(target, "wb") as raw, gzip.GzipFile(fileobj=raw, mode="wb", mtime=0) as packed, io.TextIOWrapper(packed, encoding="utf-8") as f:
+    with writing(target), sound(source), atomic_file(target, "wb") as raw, gzip.GzipFile(fileobj=raw, mode="wb", mtime=0) as packed, io.TextIOWrapper(packed, encoding="utf-8") as f:
         f.write('{"displayTimeUnit": "ns", "traceEvents": [\n')
         def put(e): f.write((",\n" if count["events"] else "") + json.dumps(e, ensure_ascii=False)); count["events"] += 1
         for e in read_events(source):

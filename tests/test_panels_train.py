@@ -168,7 +168,7 @@ def test_the_studio_is_light_and_makes_its_pages_when_they_are_opened(here):
         desk.tab.selected_index = i
         assert desk.tab.children[i].children, "a click is answered at once"
         if i: desk.opening.join()
-        assert key in desk.panels, as_text(desk.trouble)
+        assert key in desk.panels, as_text(desk)
     html = as_html(desk)
     assert "<script" not in html and "http" not in html.replace("http://www.w3.org", "")
     desk.beat.stop(); shut(desk)
@@ -281,6 +281,37 @@ def test_the_command_writes_a_notebook_or_says_why_not(here):
     for words, said in ((["a_file"], "Cannot write a_file/studio.ipynb"), (["desk", "--page", "panel_trian"], "Did you mean panel_train"), (["desk", "--app", "voila", "--host", "0.0.0.0"], "lets in everyone")):
         r = ascend("studio", *words)
         assert r.returncode == 2 and not r.stdout and said in r.stderr
+
+
+def test_a_damaged_folder_closes_no_page_and_a_page_that_fails_says_why(here, monkeypatch):
+    for name in (".ascend_nb/errands/torn/job.json", "runs/torn/job/job.json"):
+        (here / name).parent.mkdir(parents=True)
+        (here / name).write_text("{half")
+    desk = studio()
+    for key in ("panel_data", "panel_train", "panel_evaluate", "panel_convert"): assert desk.page(key), as_text(desk)
+    assert "torn: no step yet" in as_text(desk.panels["panel_train"])
+    monkeypatch.setattr("ascend_nb.ui.plan_panel.PlanPanel.__init__", lambda self: open("nowhere/at/all"))
+    assert desk.page("panel_plan") is None
+    desk.page("panel_doctor")
+    desk.tab.selected_index = [*PAGES].index("panel_plan")
+    assert "The system refused: No such file or directory nowhere/at/all" in as_text(desk), "another page's success does not hide it"
+    shut(desk)
+
+
+def test_a_folder_that_is_removed_under_a_page(here):
+    import shutil
+    page = TrainPanel(small(steps=2))
+    page.start().join()
+    page.live.job.wait(60)
+    shutil.rmtree(here / "runs")
+    page.live.kept.refresh(); page.live.view.refresh()
+    page.more.selected_index = 0
+    page.search()
+    assert not page.trouble.error and "no run yet" in as_text(page.found)
+    page.again.click()
+    settle(page)
+    assert "mistake of ours" not in as_text(page)
+    shut(page)
 
 
 def test_a_job_that_runs_is_not_started_by_looking(here):

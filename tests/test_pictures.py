@@ -8,17 +8,20 @@ import pytest
 from ascend_nb import pictures, training_logs
 from ascend_nb.comparing import bars
 from ascend_nb.core import UserError
+from ascend_nb.goodput import plot_goodput
 from ascend_nb.hardware import find_device
 from ascend_nb.packing import length_report, plot_lengths
 from ascend_nb.pictures import cjk_font, new_figure, save_figure, with_fonts
 from ascend_nb.profile_files import open_profile
 from ascend_nb.profile_plots import PLOTS, plot_comparison
+from ascend_nb.published import plot_errors
 from conftest import ROOT
 from matplotlib.text import Text
 
 HAN = re.compile(r"[\u4e00-\u9fff]")
 DATA = re.compile(r"[\w/.+@ -]*(, [\w.-]+)*|\([\w ]+\)") # names of operators, groups, modules, files
 LOGS = {"a.log": pd.DataFrame(dict(step=[1, 2], loss=[3., 2.], grad_norm=[1., 1.], tflops=[9., 9.], valid_loss=[3., 2.])), "b.log": pd.DataFrame(dict(step=[1, 2], loss=[3., 2.], tokens_per_s=[9., 9.]))}
+ROWS = [dict(model="a", size="7B", published=100., predicted=p, error=abs(p / 100 - 1)) for p in (90., 140.)]
 COMPARED = dict(models=["m"], tasks=dict(mmlu=dict(protocol="letters", rows=[dict(score=.5, low=.4, high=.6)])))
 
 
@@ -32,16 +35,16 @@ def words(fig):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fig.canvas.draw()
-    return [t.get_text() for t in fig.findobj(Text) if re.search(r"[^\W\d]", t.get_text())]
+    return [t.get_text() for t in fig.findobj(Text) if re.search(r"[^\W\d]", re.sub(r"\\(mathdefault|times)", "", t.get_text()))] # a power of ten is no word
 
 
 def figures(p):
     d = find_device("atlas-a2")
     yield from ((name, draw(p, d, t)) for name, (numbers, draw) in PLOTS.items() if draw and len(t := numbers(p, d)))
-    yield from dict(comparison=plot_comparison(p, p), logs=training_logs.plot_logs(LOGS), lengths=plot_lengths(length_report([3, 4, 9], 8)), scores=bars(COMPARED)).items()
+    yield from dict(comparison=plot_comparison(p, p), logs=training_logs.plot_logs(LOGS), lengths=plot_lengths(length_report([3, 4, 9], 8)), scores=bars(COMPARED), goodput=plot_goodput([(60, 600)]), errors=plot_errors(ROWS)).items()
 
 
-UNITS = {"ms", "MB", "GB/s", "a.log", "b.log", "m"}
+UNITS = {"ms", "MB", "GB/s", "a.log", "b.log", "m", "a-7B"}
 
 
 def test_every_label_has_both_languages(recorded, monkeypatch):
@@ -50,7 +53,7 @@ def test_every_label_has_both_languages(recorded, monkeypatch):
     for language in ("en", "zh"):
         monkeypatch.setenv("ASCEND_NB_LANG", language)
         told[language] = {name: words(fig) for name, fig in figures(recorded)}
-    assert len(told["zh"]) >= 13 and told["zh"].keys() == told["en"].keys()
+    assert len(told["zh"]) >= 15 and told["zh"].keys() == told["en"].keys()
     for name, zh in told["zh"].items():
         en = told["en"][name]
         assert len(en) == len(zh) and not any(HAN.search(t) for t in en), name

@@ -1,6 +1,7 @@
 """The planner's arithmetic against transformers' parameters, against what autograd keeps, and against published runs."""
 import csv
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from ascend_nb.agree import fetches
 from ascend_nb.cli import main
 from ascend_nb.config import MemoryConfig, RunConfig, TrainConfig
+from ascend_nb.core import UserError
 from ascend_nb.costs import Layout, count, held, in_flight, layer_kept, states
 from ascend_nb.flops import flops_per_token
 from ascend_nb.families import config_from_hf
@@ -278,6 +280,18 @@ def test_missing_sizes_are_named(capsys, tmp_path, key):
     assert code == 2 and key in err
 
 
+def test_a_batch_that_goes_with_the_devices_is_named(capsys, config):
+    "Ten thousand devices hold a factor of 625 that no sample of 512 has; what is named works, and for a prime too."
+    for devices, batches in ((10_000, (625,)), (7, (511, 518))):
+        code, _, err = plan(capsys, "--model", config, "--devices", devices, "--global-batch", 512, "--seq", 8192, "--out", "")
+        assert code == 2 and f"global batches work: {', '.join(map(str, batches))}." in err, err
+        code, out, _ = plan(capsys, "--model", config, "--devices", devices, "--global-batch", batches[0], "--seq", 8192, "--out", "")
+        assert out["searched"] > 0
+    (config.parent / "huge.json").write_text(json.dumps(LLAMA | dict(hidden_size=10**9)))
+    code, _, err = plan(capsys, "--model", config.parent / "huge.json", "--out", "")
+    assert code == 2 and "hidden_size=1000000000" in err, "products of such sizes are no whole numbers of 64 bits any more"
+
+
 def test_validate_takes_any_file_and_fits_nothing(capsys, tmp_path, runs):
     rows = read_runs(runs)
     halved = tmp_path / "half.csv"
@@ -329,9 +343,24 @@ def test_rows_that_cannot_be_predicted_are_named_and_counted(capsys, tmp_path, r
     assert code == 2 and got["rows"] == 0 and got["median_error"] is None
 
 
+@pytest.mark.parametrize("save, between", [(60., 12000.), (0., 12000.), (1e-9, 1e4), (60., 1e-3), (1e6, 1e3), (5., 1e12), (300., 600.)])
+def test_the_best_interval_at_extremes(save, between):
+    "No interval of a fine search beats it; near Young's and Daly's where a save is short, never above the mean time between failures."
+    best, tried = best_interval(save, between), between * np.geomspace(1e-9, 3, 3000)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert 0 <= best <= between and float(goodput(best, save, between, 600.)) >= goodput(tried, save, between, 600.).max() * (1 - 1e-9)
+    if save < between / 100: assert best == pytest.approx(daly(save, between), rel=1e-4) and best == pytest.approx(young(save, between), rel=.1)
+    if save >= 2 * between: assert best == pytest.approx(daly(save, between), rel=.2), "Daly's own limit"
+
+
+def test_a_run_that_would_never_end_is_refused():
+    with pytest.raises(UserError, match="come too seldom"): simulate(60., 60., 1., 600., 3600.)
+
+
 @pytest.mark.parametrize("save, between, restart", [(60., 12000., 600.), (5., 1800., 60.), (300., 3600., 900.)])
 def test_goodput_formula_against_drawn_failures(save, between, restart):
-    every = best_interval(save, between, restart)
+    every = best_interval(save, between)
     drawn = np.mean([simulate(every, save, between, restart, 400 * between, seed=s)["goodput"] for s in range(5)])
     assert drawn == pytest.approx(float(goodput(every, save, between, restart)), abs=.015)
     for other in (every / 4, every * 4): assert simulate(other, save, between, restart, 400 * between)["goodput"] < drawn

@@ -1,5 +1,6 @@
 """Profiles as torch_npu and torch write them: real recordings where they lie, the sample everywhere; forms, levels and ranks against each other."""
 import gzip
+import json
 import re
 import shutil
 import sqlite3
@@ -8,8 +9,10 @@ import numpy as np
 import pandas as pd
 import pytest
 from ascend_nb.core import UserError
+from ascend_nb.findings import find_all
 from ascend_nb.profile_files import TABLES, open_profile
 from ascend_nb.profile_views import memory_curve, operators, peak_owners
+from ascend_nb.trace_copies import perfetto_copy
 from ascend_nb.trace_files import covered, trace_tables
 
 OUT = "ASCEND_PROFILER_OUTPUT"
@@ -158,3 +161,22 @@ def test_a_packed_trace_that_is_cut(samples, tmp_path):
     assert len(open_profile(tmp_path).table("kernels")) > 50
     (tmp_path / "t.trace.json.gz").write_bytes(data[: len(data) // 2])
     with pytest.raises(UserError, match="whole events"): open_profile(tmp_path)
+
+
+GOOD = dict(ph="X", name="a", cat="cpu_op", pid=1, tid=1, ts=1.5, dur=2.0)
+BAD = {"a number": 3, "none": None, "no name": {k: v for k, v in GOOD.items() if k != "name"}, "no time": {k: v for k, v in GOOD.items() if k != "ts"}, "a word for a time": GOOD | dict(ts="noon"), "an endless time": GOOD | dict(ts=1e30), "no number": GOOD | dict(dur=float("nan")),
+    "a list for a process": GOOD | dict(pid=[1]), "a nameless process": dict(ph="M", name="process_name", pid=1), "memory of nobody": dict(ph="i", name="[memory]", ts=1), "an arrow from nowhere": dict(ph="s", cat="ac2g", ts=1)}
+
+
+def test_events_that_are_none_are_one_sentence(tmp_path):
+    path = tmp_path / "x.trace.json"
+    for what, e in BAD.items():
+        path.write_text(json.dumps([GOOD, e]))
+        with pytest.raises(UserError, match="x.trace.json has an event"): open_profile(path); pytest.fail(what)
+        if what not in ("no name", "no time", "a nameless process", "memory of nobody", "an arrow from nowhere"):
+            with pytest.raises(UserError, match="has an event"): perfetto_copy(path, tmp_path / "y.json.gz"); pytest.fail(what)
+    for e in (GOOD | dict(name=None, cat=None), GOOD | dict(dur=-5), {}, dict(ph=None), GOOD | dict(name="ProfilerStep#" + "9" * 30), dict(ph="i", name="[memory]", ts=1, args={})):
+        path.write_text(json.dumps([GOOD, e]))
+        assert (p := open_profile(path)).table("kernels").duration.min() >= 0 and find_all(p) is not None and perfetto_copy(path, tmp_path / "y.json.gz")["events"] >= 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x.trace.json", "y.json.gz"]
+    with pytest.raises(UserError, match="Cannot write"): perfetto_copy(path, path / "y.json.gz")

@@ -1,5 +1,7 @@
 """settings.ini, pyproject.toml, constraints.txt, the package and its samples say the same."""
+import json
 import re
+import shlex
 import subprocess
 import sys
 from configparser import ConfigParser
@@ -107,3 +109,25 @@ def test_nbdev_old_spelling_works():
     if not (bin_ / "nbdev_test").exists(): pytest.skip("not the environment of make dev")
     out = [subprocess.run([bin_ / name, "--help"], capture_output=True, text=True).stdout for name in ("nbdev_test", "nbdev-test")]
     assert out[0] and out[0].replace("nbdev_test", "nbdev-test") == out[1]
+
+
+def typed():
+    "(file, words) of every ascend_nb command that the READMEs and notebooks tell a reader to type."
+    texts = {p.name: p.read_text(encoding="utf-8") for p in ROOT.glob("README*.md")}
+    for p in sorted((ROOT / "nbs").glob("*.ipynb")):
+        texts[p.name] = "\n".join("".join(c["source"]) for c in json.loads(p.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "markdown")
+    for name, text in texts.items():
+        for line in "\n".join(re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.S)).replace("\\\n", " ").split("\n"):
+            found = re.search(r"(?:^|\s)(?:ascend_nb|-m ascend_nb\.cli) (.*)", re.split(r"\s#\s", line)[0])
+            words = shlex.split(re.split(r" [>|&]", found[1])[0].replace("…", "")) if found else []
+            if "--config" in words: i = words.index("--config"); del words[i:i + 2]  # a file of the reader's
+            if words[:2] not in ([], ["data"], ["jobs"]): yield name, words
+
+
+def test_every_command_that_is_told_can_be_typed():
+    from here import ascend
+    told = [*typed()]
+    assert len(told) > 50
+    for name, words in told:
+        said = ascend(*words, "--print-config")
+        assert said.returncode == 0, f"{name}: {shlex.join(words)}: {said.stderr}"

@@ -145,6 +145,19 @@ def test_half_a_line_and_a_shorter_file(tmp_path):
     assert tail.read() == 4 and len(tail.rows) == 4
 
 
+def test_damaged_lines_hide_no_others(tmp_path):
+    "A disk that was full, a host that lost power: what can be read is told, by every reader of rows."
+    from ascend_nb.jobs import Job
+    run = tmp_path / "run"
+    run.mkdir()
+    row = lambda i: json.dumps(dict(step=i, loss=1. / i, time=float(i), tokens_per_s=1.))
+    (run / "metrics.jsonl").write_bytes("\n".join([row(1), '{"step": 2, "lo' + row(3), "null", "[1]", row(4), ""]).encode() + b"\xff\x00\n" + row(5).encode() + b'\n{"st')
+    view = show_run(run)
+    assert [r["step"] for r in view.tail.rows] == [1, 4, 5] and "5 of 5 steps" in repr(view) and view.image.value
+    assert Job(run).row()["step"] == 5
+    shut(view)
+
+
 def test_time_to_go_after_a_resume():
     first, again = rows(10, start=0.), dict(event="resume", step=10, time=100., total_steps=20)
     later = [dict(step=s, time=100. + (s - 10), loss=.1, tokens_per_s=1.) for s in range(11, 16)]
@@ -156,6 +169,16 @@ def test_a_plot_in_chinese_has_no_boxes(monkeypatch, recwarn):
     monkeypatch.setenv("ASCEND_NB_LANG", "zh")
     assert draw(rows(5))[:4] == b"\x89PNG"
     assert not [w for w in recwarn if "missing from" in str(w.message)], "a glyph has no font"
+
+
+def test_without_a_chinese_font_there_are_no_boxes_either(monkeypatch, recwarn):
+    "A label falls back to English; a run that has a Chinese name is told by the numbers of its letters."
+    from matplotlib import font_manager
+    monkeypatch.setenv("ASCEND_NB_LANG", "zh")
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", [f for f in font_manager.fontManager.ttflist if f.name == "DejaVu Sans"])
+    rows = [dict(step=i, loss=1. / i, tokens_per_s=1.) for i in range(1, 4)]
+    assert draw({"第一次": rows, "b": rows})[:4] == b"\x89PNG"
+    assert not [w for w in recwarn if "Glyph" in str(w.message)]
 
 
 def test_in_a_real_kernel():

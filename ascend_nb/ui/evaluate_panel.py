@@ -8,14 +8,13 @@ __all__ = ['SHORT', 'sample_files', 'Growing', 'score_rows', 'question_html', 'r
 
 # %% ../../nbs/65a_evaluate_panel.ipynb #eca23493
 import ipywidgets as W
-import json
 from html import escape
 from pathlib import Path
 from ..chances import wilson
 from ..comparing import bars, run as run_compare
 from ..config import CompareConfig, EvalConfig
 from ..core import UserError, messages, phrase
-from ..kept import ERRANDS, Kept
+from ..kept import ERRANDS, Kept, rows_of
 from ..keeper import JOB
 from ..schema import knobs, load_yaml, to_dict
 from ..evaluator import result_files
@@ -102,8 +101,7 @@ def read_samples(
     path = Path(path)
     path = path if path.is_file() else path.with_name(path.name + ".part")
     if not path.is_file(): return []
-    rows = [json.loads(x) for x in path.read_text(encoding="utf-8").split("\n")[:-1]]
-    return [r for r in rows if "prompt" in r]
+    return [r for r in rows_of(path.read_bytes().rpartition(b"\n")[0]) if "prompt" in r]
 
 # %% ../../nbs/65a_evaluate_panel.ipynb #78f7893d
 messages(cmp_results=("results", "结果文件"), cmp_hint=("result.json, one a line; the first is compared with", "每行一个 result.json；与第一个比较"), cmp_go=("Compare", "比较"), cmp_difference=("difference", "差值"), cmp_only=("better : worse", "更好 : 更差"),

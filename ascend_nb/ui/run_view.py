@@ -7,10 +7,11 @@ __all__ = ['SILENT_S', 'CURVES', 'Tail', 'summary', 'draw', 'Watcher', 'RunView'
 
 # %% ../../nbs/61_run_view.ipynb #859fc2a1
 import ipywidgets as W
-import json, threading, time
+import threading, time
 from html import escape
 from io import BytesIO
 from pathlib import Path
+from ..kept import rows_of
 from ..core import human_time, lang, messages, phrase
 from ..pictures import new_figure, plot_words, with_fonts
 from ..profiling import used_text
@@ -33,7 +34,7 @@ class Tail:
             data = f.read()
         whole = data[:data.rfind(b"\n") + 1]
         self.offset += len(whole)
-        new = [json.loads(line) for line in whole.splitlines() if line.strip()]
+        new = rows_of(whole)
         self.rows += new
         return len(new)
 

@@ -43,10 +43,10 @@ class Studio(W.VBox):
         first: str = "panel_data" # the page that is open at the start
     ):
         one_of("first", first, PAGES)
-        self.panels, self.trouble, self.beat, self.model, self.one = {}, Trouble(), Beat(), None, threading.RLock()
+        self.panels, self.beat, self.model, self.one = {}, Beat(), None, threading.RLock()
         self.tab = titles(W.Tab([W.VBox() for _ in PAGES]), *PAGES)
         title = tell(W.HTML(), lambda w: setattr(w, "value", f"<h2 style='margin:2px 12px 2px 0'>{escape(phrase('st_title'))}</h2>"))
-        super().__init__([W.HBox([title, LanguageSwitch(), self.beat], layout=W.Layout(align_items="center", flex_flow="row wrap")), self.trouble, self.tab])
+        super().__init__([W.HBox([title, LanguageSwitch(), self.beat], layout=W.Layout(align_items="center", flex_flow="row wrap")), self.tab])
         dress(self)
         self.tab.selected_index = [*PAGES].index(first)
         self.page(first)
@@ -75,11 +75,10 @@ class Studio(W.VBox):
 def _make(self: Studio, key):
     "Import the room, and put its page into its tab."
     room, name = PAGES[key]
+    box, trouble = self.tab.children[[*PAGES].index(key)], Trouble()
     try: panel = getattr(importlib.import_module(f"ascend_nb.ui.{room}"), name)()
-    except Exception as e: self.trouble.say(e); return None
-    self.trouble.say(None)
-    self.panels[key] = panel
-    self.tab.children[[*PAGES].index(key)].children = [panel]
+    except Exception as e: trouble.say(e); box.children = [trouble]; return None
+    self.panels[key], box.children = panel, [panel]
     self._join(key, panel)
     return panel
 
