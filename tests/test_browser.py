@@ -46,7 +46,7 @@ def _data(page):
     page.keyboard.press("Enter")  # no mouse is needed
     says(page, "AlpacaStyleInstructionHandler")
     says(page, "read, not learned")
-    page.locator("button.ascend-nb-fold:visible", has_text="Make tokens").first.scroll_into_view_if_needed()
+    page.locator("button.ascend-nb-fold:visible", has_text="Make tokens").first.evaluate("e => e.scrollIntoView({block: 'end'})")
     shot(page, "studio_data")
     unfold(page, "Make tokens")
     fill(page, "output_prefix", "notes")
@@ -103,7 +103,7 @@ def _evaluate(page):
         fill(page, "data folder", folder)
         press(page, "Start evaluating")
         says(page, words, 180)
-    page.locator("button.ascend-nb-fold:visible", has_text="Questions and answers").first.scroll_into_view_if_needed()
+    page.locator("button.ascend-nb-fold:visible", has_text="Questions and answers").first.evaluate("e => e.scrollIntoView({block: 'end'})")
     shot(page, "studio_evaluate")
 
 
@@ -112,7 +112,7 @@ def _profile(page):
     fill(page, "recording", "npu_profile")
     press(page, "Read the recording")
     page.locator("img:visible").first.wait_for()
-    page.locator("button.ascend-nb-fold:visible", has_text="Two recordings").first.scroll_into_view_if_needed()
+    page.locator("button.ascend-nb-fold:visible", has_text="Two recordings").first.evaluate("e => e.scrollIntoView({block: 'end'})")
     shot(page, "studio_profile")
     theme(page, dark=True)
     tab(page, "Train")
