@@ -16,7 +16,6 @@ from ..config import RunConfig
 from ..core import HEAR, UserError, lang, messages, phrase
 from ..schema import from_dict, load_yaml, save_yaml, to_dict
 from .bilingual import label, tell, titles
-from .looks import Folds
 from .forms import Form, to_text
 from .looks import Folds
 from .panels import RED, Trouble, table
