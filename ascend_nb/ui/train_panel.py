@@ -29,7 +29,7 @@ messages(
     tr_start=("Start", "开始训练"), tr_start_tip=("Start the training as a job of its own", "作为独立任务启动训练"), tr_nproc=("processes", "进程数"),
     tr_cards=("cards", "NPU 卡号"), tr_cards_hint=("e.g. 0,1; empty: any", "如 0,1；可留空"), tr_cards_tip=("Numbers of the NPUs, with commas between; empty: the first ones", "NPU 编号，以逗号分隔；留空则使用最前面的几张"),
     tr_runs=("Runs in", "运行目录所在"), tr_look=("Look for runs", "查找运行"), tr_run=("run", "运行"), tr_none=("no run yet", "还没有运行"),
-    tr_going=("{n} still going: attached to {name}", "{n} 个任务仍在运行：已附加到 {name}"), tr_found=("{n} runs found, none is going", "找到 {n} 个运行，均已结束"),
+    tr_going=("{n} still going: attached to {name}", "{n} 个任务仍在运行：已附加到 {name}"), tr_found=("runs found: {n}; none is going", "找到 {n} 个运行，均已结束"),
     tr_over=("Lay curves over each other", "叠加曲线"), tr_report=("Copy for a bug report", "复制以报告问题"), tr_again=("Go on", "继续训练"),
     tr_again_tip=("Go on from the newest whole step", "从最新的完整检查点继续"),
     tr_no_data=("No data_path: type a prefix or a file, or hand one over from the page Data.", "尚未填写 data_path：请输入前缀或文件，或在“数据”页移交。"),
