@@ -32,12 +32,19 @@ def test_wheel_holds_samples_and_every_module(wheel):
     assert "Provides-Extra: npu" in meta and "ascend_nb=ascend_nb.cli:main" in next(wheel.glob("*.dist-info/entry_points.txt")).read_text().replace(" ", "")
 
 
-def test_quickstart_from_the_wheel_in_an_empty_folder(wheel, tmp_path):
-    out = quickstart(tmp_path, "--pretrain-iters", "12", "--sft-iters", "3", "--json", env={**os.environ, "PYTHONPATH": str(wheel)})
+@pytest.fixture(scope="session")
+def done(wheel, tmp_path_factory):
+    "(an empty folder where the wheel's quickstart ran, what it printed)"
+    folder = tmp_path_factory.mktemp("empty")
+    out = quickstart(folder, "--pretrain-iters", "12", "--sft-iters", "3", "--json", env={**os.environ, "PYTHONPATH": str(wheel)})
     assert out.returncode == 0, out.stderr
-    got = json.loads(out.stdout)
+    return folder, json.loads(out.stdout)
+
+
+def test_quickstart_from_the_wheel_in_an_empty_folder(done):
+    folder, got = done
     assert got["runs"]["pretrain"]["loss"] < got["runs"]["pretrain"]["first_loss"] - 1
-    made = tmp_path / "quickstart_run"
+    made = folder / "quickstart_run"
     assert (made / "loss.png").read_bytes()[:4] == b"\x89PNG"
     assert {p.name for p in (made / "data").iterdir()} >= {f"tales_text_document.{e}" for e in ("bin", "idx")} | {
         f"instruct_packed_{k}_document.{e}" for k in ("input_ids", "attention_mask", "labels") for e in ("bin", "idx")}
@@ -45,13 +52,11 @@ def test_quickstart_from_the_wheel_in_an_empty_folder(wheel, tmp_path):
     assert set(score["results"]) >= {"mmlu_continuation"} and 0 <= score["results"]["mmlu_continuation"]["acc,none"] <= 1
 
 
-def test_transformers_opens_what_quickstart_made(wheel, tmp_path):
+def test_transformers_opens_what_quickstart_made(done):
     import torch
     from ascend_nb.hf_format import load_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    out = quickstart(tmp_path, "--pretrain-iters", "2", "--sft-iters", "1", "--json", env={**os.environ, "PYTHONPATH": str(wheel)})
-    folder = json.loads(out.stdout)["runs"]["sft"]["hf"]
-    folder = tmp_path / folder
+    folder = done[0] / done[1]["runs"]["sft"]["hf"]
     tok, peer, ours = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), load_model(folder)
     ids = tok.apply_chat_template([{"role": "user", "content": "What pet does Mira keep?"}], add_generation_prompt=True, return_tensors="pt", return_dict=True)["input_ids"]
     with torch.no_grad(): assert (peer(ids).logits - ours(ids)).abs().max() < 1e-5
