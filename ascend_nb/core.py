@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MESSAGES', 'DTYPES', 'WATCH', 'HEAR', 'DETERMINISTIC', 'lang', 'messages', 'phrase', 'UserError', 'need', 'Choice',
            'check_pair', 'load_npu', 'npu_count', 'did_you_mean', 'one_of', 'pick_device', 'pick_dtype', 'Rank',
-           'rank_info', 'atomic_file', 'atomic_dir', 'writing', 'human_bytes', 'check_space', 'in_notebook',
+           'rank_info', 'atomic_file', 'atomic_dir', 'writing', 'human_bytes', 'standing', 'check_space', 'in_notebook',
            'human_time', 'Progress', 'say', 'seed_all', 'make_deterministic']
 
 # %% ../nbs/00_core.ipynb #6389dd96
@@ -246,13 +246,20 @@ def human_bytes(
         n /= 1024
     return f"{n:.1f} TiB"
 
+def standing(
+    path # it need not exist yet
+) -> Path: # itself or the nearest of its parents that does
+    "Where a path will lie: whom to ask for room and permission."
+    p = Path(path).absolute()
+    while not p.exists(): p = p.parent
+    return p
+
 def check_space(
-    path, # where the bytes will go; the nearest existing parent is asked
+    path, # where the bytes will go
     need_bytes: int # how many
 ) -> None:
     "Raise UserError before a long write that cannot fit."
-    p = Path(path).absolute()
-    while not p.exists(): p = p.parent
+    p = standing(path)
     free = shutil.disk_usage(p).free
     if free < need_bytes: raise UserError("no_space", path=p, free=human_bytes(free), need=human_bytes(need_bytes))
 

@@ -18,7 +18,7 @@ from .asking import chat_of, check_room, ids_of, pairs_of
 from .chances import mean_stderr, paired_bootstrap, pooled_stderr, wilson
 from .comparing import compare, compare_table, save_plot
 from .confined import run_confined, walls
-from .core import Progress, UserError, atomic_file, messages, one_of, phrase, pick_device, pick_dtype, rank_info, say, writing
+from .core import Progress, UserError, atomic_file, messages, one_of, phrase, pick_device, pick_dtype, rank_info, say, standing, writing
 from .config import EvalConfig
 from .decoder import Fast
 from .families import max_length
@@ -274,8 +274,7 @@ def save_result(
     with atomic_file(output) as f: jsonlib.dump({k: v for k, v in result.items() if k != "samples"}, f, ensure_ascii=False, indent=2)
 
 def _writable(path): # told before the minutes of loading a model
-    place = next(p for p in path.absolute().parents if p.exists()) # nothing is made before there is something to write
-    with writing(path), TemporaryFile(dir=place): pass
+    with writing(path), TemporaryFile(dir=standing(path.parent)): pass # nothing is made before there is something to write
 
 def _together(results: dict) -> dict: # task -> result: one result for all, in the same shape
     out = {}

@@ -13,7 +13,7 @@ from .adapter_runs import adapts, plan_adapter
 from .agree import layout_of
 from .config import ModelConfig, RunConfig
 from .contents import contents
-from .core import human_bytes, messages, phrase
+from .core import human_bytes, messages, phrase, standing
 from .flops import multiplied
 from .hardware import find_device
 from .many_devices import shape_of
@@ -68,13 +68,8 @@ def _train(cfg, row, devices):
     return said + (phrase("price_adapter") if adapts(cfg.tune) else ""), p["memory"] > p["room"]
 
 # %% ../nbs/58b_prices.ipynb #7405727b
-def _free(path): # bytes, where a path will lie
-    p = Path(path or ".").absolute()
-    while not p.exists(): p = p.parent
-    return shutil.disk_usage(p).free
-
 def _files(key, where, size, room, seconds):
-    free = _free(where)
+    free = shutil.disk_usage(standing(where or ".")).free
     return phrase(key, size=human_bytes(size), room=human_bytes(room), free=human_bytes(free), minutes=seconds / 60), room > free
 
 def _tokens(cfg, row, devices):

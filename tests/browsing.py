@@ -122,6 +122,21 @@ def run_all(page):
     page.evaluate("async () => { await window.jupyterapp.commands.execute('notebook:run-all-cells') }")
 
 
+def begin(page, root, token):
+    "The studio's notebook in JupyterLab, run until it is there."
+    open_lab(page, root, token)
+    run_all(page)
+    says(page, "kernel alive")
+
+
+def look_at_data(page):
+    "The first thing that a person does: which rows are there, and what is learned of them."
+    fill(page, "data", "instruct.json")
+    fill(page, "tokenizer", "tokenizer")
+    press(page, "Look at it")
+    says(page, "read, not learned")
+
+
 def theme(page, dark):
     "JupyterLab's theme."
     page.evaluate("async t => { await window.jupyterapp.commands.execute('apputils:change-theme', {theme: t}) }", f"JupyterLab {'Dark' if dark else 'Light'}")

@@ -3,7 +3,7 @@ import os
 import time
 
 import pytest
-from browsing import browser, field, fill, lab, open_lab, press, run_all, says, sessions, shot, tab, theme, unfold, voila
+from browsing import begin, browser, field, fill, lab, press, says, sessions, shot, tab, theme, unfold, voila
 
 browsing = pytest.mark.slow  # by `make test-ui`
 
@@ -12,9 +12,7 @@ browsing = pytest.mark.slow  # by `make test-ui`
 def test_first_run_by_clicking(desk):
     "Data, mask, training, a dead kernel, a new one that finds the run, stop, chat, score, profile; behind a base URL, as a reverse proxy has it."
     with lab(desk, "/npu7/") as (root, token, _), browser() as (page, afar):
-        open_lab(page, root, token)
-        run_all(page)
-        says(page, "kernel alive")
+        begin(page, root, token)
         _data(page)
         _train(page, desk)
         _dies_and_is_found(page, root, token)
@@ -73,9 +71,7 @@ def _train(page, desk):
 def _dies_and_is_found(page, root, token):
     for k in sessions(root, token): os.kill(_pid(k["id"]), 9)
     time.sleep(1)
-    open_lab(page, root, token)
-    run_all(page)
-    says(page, "kernel alive")
+    begin(page, root, token)
     tab(page, "Train")
     says(page, "1 still going: attached to", 60)
     says(page, r"step \d+ of 4000, loss", 60)

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
-from browsing import CUT, FOCUS, MARK, PALE, VSCODE, browser, field, fill, lab, open_lab, press, run_all, says, sessions, shot, theme, turn, unfold, voila
+from browsing import CUT, FOCUS, MARK, PALE, VSCODE, begin, browser, field, fill, lab, look_at_data, open_lab, press, says, sessions, shot, theme, turn, unfold, voila
 from conftest import ROOT
 
 pytestmark = pytest.mark.slow
@@ -15,10 +15,7 @@ PAGES = dict(Data="数据", Convert="转换", Plan="规划", Train="训练", Cha
 def _errand(page, name="notes"):
     "A file becomes tokens, by pointing."
     turn(page, "Data")
-    fill(page, "data", "instruct.json")
-    fill(page, "tokenizer", "tokenizer")
-    press(page, "Look at it")
-    says(page, "read, not learned")
+    look_at_data(page)
     unfold(page, "Make tokens")
     fill(page, "output_prefix", name)
     press(page, "Start preprocessing")
@@ -109,10 +106,7 @@ LONG = "一个很长的目录名/" * 6 + "a_folder_whose_name_goes_on_and_on_wit
 def _fill_all(page):
     "Something on every page: results, a reason in red, a long path, Chinese."
     turn(page, "Data")
-    fill(page, "data", "instruct.json")
-    fill(page, "tokenizer", "tokenizer")
-    press(page, "Look at it")
-    says(page, "read, not learned")
+    look_at_data(page)
     turn(page, "Convert")
     fill(page, "checkpoint", "model")
     press(page, "Show its tensors")
@@ -150,9 +144,7 @@ def test_every_page_can_be_read(desk):
     _model(desk / "model")
     bad, looked = [], 0
     with lab(desk) as (root, token, _), browser() as (page, afar):
-        open_lab(page, root, token)
-        run_all(page)
-        says(page, "kernel alive")
+        begin(page, root, token)
         _fill_all(page)
         for zh in (False, True):
             if zh: page.locator("button:visible", has_text="中文").first.click(); says(page, "内核存活"); page.locator("h3", has_text="环境检查").first.wait_for(); time.sleep(3)
@@ -183,9 +175,7 @@ def test_voila_can_be_read_in_the_dark(desk):
 def test_without_a_mouse(desk):
     "Tab reaches every control of every page, in order, with a ring to be seen; the arrows and Enter change pages; the space bar opens a section; Enter starts."
     with lab(desk) as (root, token, _), browser() as (page, afar):
-        open_lab(page, root, token)
-        run_all(page)
-        says(page, "kernel alive")
+        begin(page, root, token)
         for i, name in enumerate(PAGES):
             here = page.locator(".ascend-nb .lm-TabBar-tab.lm-mod-current").first
             here.focus()
@@ -217,22 +207,15 @@ def test_a_reload_and_two_tabs_in_the_middle_of_an_errand(desk):
     rows = json.loads((desk / "instruct.json").read_text())
     (desk / "instruct.json").write_text(json.dumps(rows * 300, ensure_ascii=False))
     with lab(desk) as (root, token, _), browser() as (page, afar):
-        open_lab(page, root, token)
-        run_all(page)
-        says(page, "kernel alive")
-        fill(page, "data", "instruct.json")
-        fill(page, "tokenizer", "tokenizer")
-        press(page, "Look at it")
-        says(page, "read, not learned")
+        begin(page, root, token)
+        look_at_data(page)
         unfold(page, "Make tokens")
         fill(page, "output_prefix", "notes")
         press(page, "Start preprocessing")
         says(page, "preprocess: running", 60)
         other = page.context.new_page()
         for p in (page, other):
-            open_lab(p, root, token)
-            run_all(p)
-            says(p, "kernel alive")
+            begin(p, root, token)
             says(p, "preprocess: (running|finished)", 60)
         assert len(sessions(root, token)) == 1
         for p in (page, other): says(p, "Train on the result", 120)
@@ -244,9 +227,7 @@ def test_a_reload_and_two_tabs_in_the_middle_of_an_errand(desk):
 def test_a_server_that_is_started_again(desk):
     "A training outlives the server, its kernels and the page; the next server's page is attached to it, and stops it."
     with lab(desk) as (root, token, _), browser() as (page, _):
-        open_lab(page, root, token)
-        run_all(page)
-        says(page, "kernel alive")
+        begin(page, root, token)
         _errand(page)
         press(page, "Train on the result")
         says(page, "data_path")  # the page that was handed to comes along
@@ -258,9 +239,7 @@ def test_a_server_that_is_started_again(desk):
         press(page, "Start")
         says(page, r"step \d+ of 100000, loss", 120)
     with lab(desk) as (root, token, _), browser() as (page, afar):
-        open_lab(page, root, token)
-        run_all(page)
-        says(page, "kernel alive")
+        begin(page, root, token)
         turn(page, "Train")
         says(page, "1 still going: attached to", 60)
         says(page, r"step \d+ of 100000, loss", 60)
